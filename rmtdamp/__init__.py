@@ -1,0 +1,38 @@
+"""Damping that learns itself, and the Hessian tools that measure it.
+
+Adam's eps and a second-order method's damping are the same small constant, and it is
+linear shrinkage of a noisy Hessian: beta = 1 / (1 + delta). Its best value is the noise
+itself, delta = P^-1 Tr Var(H), which Hessian-vector products measure while training
+runs. One walk explains the package:
+
+| | | |
+|---|---|---|
+| MEASURE | `rmtdamp.hessian` | loss_fn, params, batch -> products -> moments |
+| DECIDE | `rmtdamp.damping` | moments -> damping |
+| ACT | `rmtdamp.transforms` | damping -> preconditioned update, in optax |
+
+Doors: `rmtdamp.schedules`, `rmtdamp.flax`, and `python -m rmtdamp`.
+"""
+
+from . import damping as damping, hessian as hessian, schedules as schedules
+from .damping import (
+    Shrinkage as Shrinkage,
+    damping_from_shrinkage as damping_from_shrinkage,
+    identity_target as identity_target,
+    scaled_identity_target as scaled_identity_target,
+    shrinkage_from_damping as shrinkage_from_damping,
+)
+from .hessian import HessianMoments as HessianMoments, check_loss as check_loss
+from .transforms import (
+    AutoDampingState as AutoDampingState,
+    DampingLearner as DampingLearner,
+    SetDampingState as SetDampingState,
+    adam_shrinkage as adam_shrinkage,
+    adamw_shrinkage as adamw_shrinkage,
+    auto_adam as auto_adam,
+    auto_damping as auto_damping,
+    refresh_damping as refresh_damping,
+    scale_by_adam_shrinkage as scale_by_adam_shrinkage,
+    set_damping as set_damping,
+    with_damping as with_damping,
+)

@@ -1,0 +1,140 @@
+"""Vector-space operations on pytrees, and the checks on what comes from outside.
+
+Reductions accumulate in float32, or in the leaves' dtype where that is wider, so that
+a bfloat16 model is measured no worse than a float32 one.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from ._types import Batch, Key, Params
+
+
+def accumulation_dtype(tree: Params) -> jnp.dtype:
+    """Float32, or float64 where a leaf of `tree` has it."""
+    # Not jnp.promote_types: strict promotion, a setting of the user's, forbids it.
+    wide = any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(tree))
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def size(tree: Params) -> int:
+    """P, the number of elements in all leaves."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def vdot(x: Params, y: Params) -> jax.Array:
+    """sum_j x_j y_j over all leaves, a scalar in the accumulation dtype."""
+    dtype = accumulation_dtype(x)
+    # A product and a sum rather than a dot: no TF32 on recent GPUs, and no reshape
+    # that would gather a sharded leaf.
+    return sum(
+        (
+            jnp.sum(a.astype(dtype) * b.astype(dtype))
+            for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+        ),
+        start=jnp.zeros((), dtype),
+    )
+
+
+def norm(x: Params) -> jax.Array:
+    """Euclidean norm over all leaves, a scalar in the accumulation dtype."""
+    return jnp.sqrt(vdot(x, x))
+
+
+def scale(factor: jax.Array, x: Params) -> Params:
+    """`factor` times `x`, each leaf in its own dtype."""
+    return jax.tree.map(lambda a: (a * factor.astype(a.dtype)), x)
+
+
+def random_like(key: Key, like: Params, sampler) -> Params:
+    """One independent draw of `sampler(key, shape, dtype)` per leaf."""
+    leaves, treedef = jax.tree.flatten(like)
+    keys = jax.random.split(key, max(len(leaves), 1))
+    draws = [sampler(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=False)]
+    return jax.tree.unflatten(treedef, draws)
+
+
+def aligned(vector: Params, params: Params) -> Params:
+    """`vector` in the tree structure and dtypes of `params`.
+
+    Structures are compared leaf by leaf, not by treedef: `flax.nnx` hands out the same
+    params once as variables and once as arrays.
+
+    Raises:
+        ValueError: the leaves differ in number or shape.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    given = jax.tree.leaves(vector)
+    if len(given) != len(leaves):
+        raise ValueError(
+            f"the vector has {len(given)} leaves and params have {len(leaves)}: a "
+            "vector in parameter space is a pytree like params "
+            "(jax.tree.map over params builds one)"
+        )
+    for (path, leaf), other in zip(
+        jax.tree_util.tree_leaves_with_path(params), given, strict=True
+    ):
+        if jnp.shape(other) != leaf.shape:
+            raise ValueError(
+                f"the vector has shape {jnp.shape(other)} where params"
+                f"{jax.tree_util.keystr(path)} has shape {leaf.shape}: a vector in "
+                "parameter space has the shapes of params"
+            )
+    cast = [
+        jnp.asarray(v).astype(leaf.dtype) for v, leaf in zip(given, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, cast)
+
+
+def check_params(params: Params) -> None:
+    """Refuse params without a real-valued Hessian.
+
+    Raises:
+        TypeError: a leaf is not an array of a real floating dtype.
+        ValueError: there is no element at all.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} is "
+                f"{dtype if dtype is not None else type(leaf).__name__}, and curvature "
+                "needs arrays of a real floating dtype: hand what is not trained to "
+                "the loss through loss_args"
+            )
+    if size(params) == 0:
+        raise ValueError("params hold no elements, so there is no Hessian to measure")
+
+
+def num_examples(batch: Batch, name: str = "batch") -> int:
+    """The length of the leading axis that all leaves of `batch` share.
+
+    Raises:
+        ValueError: no leaves, a leaf without axes, unequal leading axes, or no example.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    if not leaves:
+        raise ValueError(
+            f"{name} holds no arrays: hand over a pytree of arrays that share a "
+            "leading axis of examples"
+        )
+    sizes = {}
+    for path, leaf in leaves:
+        if jnp.ndim(leaf) == 0:
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} is a scalar without an axis of "
+                "examples: what is not split among microbatches belongs in loss_args"
+            )
+        sizes[f"{name}{jax.tree_util.keystr(path)}"] = jnp.shape(leaf)[0]
+    if len(set(sizes.values())) > 1:
+        listing = ", ".join(f"{path}: {n}" for path, n in sizes.items())
+        raise ValueError(
+            f"the leaves of {name} have unequal leading axes ({listing}): each must "
+            "hold one row per example; what does not belongs in loss_args"
+        )
+    count = next(iter(sizes.values()))
+    if count == 0:
+        raise ValueError(f"{name} holds no examples: its leading axis has length 0")
+    return count

@@ -1,0 +1,372 @@
+r"""DECIDE: numbers in, numbers out. No autodiff, no optax.
+
+    Hessian moments  ->  damping
+
+The idea, in three lines. Adding a damping delta to curvature s is linear shrinkage of
+s towards a target tau, with intensity beta, at a lower learning rate (eq. 13):
+
+    alpha / (s + delta) = alpha beta / (beta s + (1 - beta) tau),
+    beta = 1 / (1 + delta/tau).
+
+The curvature is measured on a batch, so it is the true one plus noise of variance m;
+the beta of least expected error || beta H + (1 - beta) tau - H_true ||^2 is
+
+    delta = tau m / (P^-1 ||H_true - tau I||_F^2),
+
+which the paper takes at tau = 1 for a Hessian of low rank (eq. 15: delta = m), and
+Ledoit and Wolf at the tau that fits best, the mean eigenvalue nu. Everything below is
+this algebra, its averaging along a training run, and what it says about the learning
+rate.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rmtdamp._types import Params
+from rmtdamp.hessian import HessianMoments
+
+
+class Shrinkage(NamedTuple):
+    """What a rule decides: shrink the curvature towards `target` by `damping`.
+
+    Both have the unit that the rule gives them: that of a Hessian eigenvalue for
+    `scaled_identity_target`; for `identity_target` the target is the number 1.
+    """
+
+    damping: jax.Array  # (), delta
+    target: jax.Array | float  # (), tau
+
+    @property
+    def intensity(self) -> jax.Array:
+        """beta, the weight that the measured curvature keeps."""
+        return shrinkage_from_damping(self.damping, self.target)
+
+
+DampingRule = Callable[[HessianMoments], Shrinkage]
+
+
+def shrinkage_from_damping(damping, target=1.0):
+    """beta = 1 / (1 + delta/tau), the shrinkage that a damping amounts to (eq. 13).
+
+    Args:
+        damping: delta >= 0, in the unit of `target`; a number or an array.
+        target: tau > 0.
+
+    Returns:
+        beta in (0, 1], the weight of the measured curvature. Its complement is
+        `damping_weight`, which keeps its digits when the damping is small.
+
+    Example:
+        >>> from rmtdamp import shrinkage_from_damping
+        >>> shrinkage_from_damping(0.25)
+        0.8
+    """
+    return 1 / (1 + damping / target)
+
+
+def damping_weight(damping, target=1.0):
+    """1 - beta = (delta/tau) / (1 + delta/tau), the weight of the target (eq. 13).
+
+    In float32 the difference 1 - beta loses every damping below 6e-8; this form does
+    not.
+
+    Args:
+        damping: delta >= 0, in the unit of `target`; a number or an array.
+        target: tau > 0.
+
+    Returns:
+        1 - beta in [0, 1).
+
+    Example:
+        >>> from rmtdamp.damping import damping_weight
+        >>> print(f"{damping_weight(1e-9):.1e}")
+        1.0e-09
+    """
+    ratio = damping / target
+    return ratio / (1 + ratio)
+
+
+def damping_from_shrinkage(shrinkage, target=1.0):
+    """delta = tau (1 - beta) / beta, the inverse of `shrinkage_from_damping` (eq. 13).
+
+    Args:
+        shrinkage: beta in (0, 1]; a number or an array. In float32 a beta that rounds
+            to 1 has lost its damping: keep the damping where it is small.
+        target: tau > 0.
+
+    Returns:
+        delta >= 0, in the unit of `target`.
+
+    Example:
+        >>> from rmtdamp import damping_from_shrinkage
+        >>> print(f"{damping_from_shrinkage(0.8):.2f}")
+        0.25
+    """
+    return target * (1 - shrinkage) / shrinkage
+
+
+def identity_target(moments: HessianMoments) -> Shrinkage:
+    """Eq. 15: delta = m, towards the unit matrix.
+
+    Leading order for a Hessian of low rank. The exact minimiser divides m by
+    1 - 2 nu + P^-1 Tr H^2, which was 0.99 to 1.005 on real networks. Not equivariant:
+    a loss multiplied by c has c^2 times the damping and c times the curvature.
+
+    Args:
+        moments: what `rmtdamp.hessian.moments` measured.
+
+    Returns:
+        `Shrinkage(damping=m, target=1)`.
+
+    Example:
+        >>> from rmtdamp import identity_target
+        >>> from rmtdamp.hessian import HessianMoments
+        >>> identity_target(HessianMoments(0.1, 0.5, 0.02))
+        Shrinkage(damping=0.02, target=1.0)
+
+    References:
+        Granziol and Baskerville, eq. 15.
+    """
+    return Shrinkage(moments.variance, 1.0)
+
+
+def scaled_identity_target(moments: HessianMoments) -> Shrinkage:
+    """Ledoit and Wolf's form: delta = nu m / d^2, towards nu I.
+
+    nu is the mean eigenvalue and d^2 = P^-1 ||H - nu I||_F^2. Scale-equivariant: a loss
+    multiplied by c has c times the damping, as it has c times the curvature.
+
+    Args:
+        moments: what `rmtdamp.hessian.moments` measured. With few probes d^2 is noisy
+            and a mean of ratios is far off: average moments, not dampings, as
+            `DampingLearner` does.
+
+    Returns:
+        `Shrinkage(damping, target=nu)`; damping is infinite where d^2 <= 0 (nothing but
+        noise) and NaN where nu <= 0 (no such target makes sense).
+
+    Example:
+        >>> from rmtdamp import scaled_identity_target
+        >>> from rmtdamp.hessian import HessianMoments
+        >>> rule = scaled_identity_target(HessianMoments(0.1, 0.51, 0.02))
+        >>> print(f"{rule.damping:.3f} {rule.target:.1f}")
+        0.004 0.1
+
+    References:
+        Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance
+        matrices, 2004, with the target of Granziol and Baskerville's section 7
+        replaced by the best multiple of the unit matrix.
+    """
+    nu, d2 = moments.mean, moments.dispersion
+    signal = d2 > 0
+    damping = jnp.where(signal, nu * moments.variance / jnp.where(signal, d2, 1), jnp.inf)
+    return Shrinkage(jnp.where(nu > 0, damping, jnp.nan), nu)
+
+
+class LearnedDamping(NamedTuple):
+    """The damping in force and what led to it; every field is a scalar.
+
+    Field names are distinctive, so that `optax.tree.get(opt_state, "damping")` finds
+    each of them in any chain.
+    """
+
+    damping: jax.Array  # delta in force
+    damping_target: jax.Array  # tau in force
+    measured_variance: jax.Array  # m as last measured, NaN before
+    average_mean: jax.Array  # decayed average of nu over refreshes, NaN before
+    average_dispersion: jax.Array  # decayed average of d^2, NaN before
+    average_variance: jax.Array  # decayed average of m, NaN before
+    last_refresh: jax.Array  # int32, step of the last attempt, -1 before
+    refresh_attempts: jax.Array  # int32, measurements made
+    refresh_rejections: jax.Array  # int32, of which changed nothing
+    refresh_caps: jax.Array  # int32, of which met max_damping
+
+
+def initial_damping(damping, dtype) -> LearnedDamping:
+    """Before any measurement: `damping` in force, towards 1."""
+    number = lambda x: jnp.asarray(x, dtype)
+    count = lambda x: jnp.asarray(x, jnp.int32)
+    nan = number(jnp.nan)
+    return LearnedDamping(
+        number(damping), number(1), nan, nan, nan, nan,
+        count(-1), count(0), count(0), count(0),
+    )  # fmt: skip
+
+
+def learn_damping(
+    learned: LearnedDamping,
+    measured: HessianMoments,
+    step,
+    *,
+    rule: DampingRule,
+    floor,
+    decay,
+    max_damping,
+) -> LearnedDamping:
+    """One measurement's worth of learning.
+
+    The moments nu, d^2 and m are averaged, a <- decay a + (1 - decay) x from the first
+    one on, the rule decides on the averages, and `floor` is added. For eq. 15 this is
+    the authors' delta <- 0.7 delta + 0.3 (floor + m), because the rule is linear there;
+    for a ratio of moments, averaging first is what keeps it from being far off.
+
+    Values cannot raise inside a compiled step, so what cannot be used is counted. A
+    measurement that is not finite leaves everything as it was; one after which the
+    rule gives no valid damping (NaN, negative, or a target that is not positive)
+    enters the averages and leaves the damping as it was. A damping above `max_damping`
+    is cut to it.
+
+    Args:
+        learned: the state so far.
+        measured: the new moments.
+        step: int32 scalar, the step to note as that of the last attempt.
+        rule: averaged moments -> `Shrinkage`.
+        floor: added to what the rule decides.
+        decay: weight of the past in the averages.
+        max_damping: upper bound of the damping in force.
+
+    Returns:
+        The state after it, in the same dtypes.
+    """
+    usable = (
+        jnp.isfinite(measured.mean)
+        & jnp.isfinite(measured.square)
+        & jnp.isfinite(measured.variance)
+    )
+
+    def average(old, new):
+        new = new.astype(old.dtype)
+        blend = jnp.where(jnp.isnan(old), new, decay * old + (1 - decay) * new)
+        return jnp.where(usable, blend, old)
+
+    nu = average(learned.average_mean, measured.mean)
+    d2 = average(learned.average_dispersion, measured.dispersion)
+    m = average(learned.average_variance, measured.variance)
+    decision = rule(HessianMoments(mean=nu, square=d2 + nu**2, variance=m))
+    damping = decision.damping + floor
+    target = decision.target
+    # Comparisons with NaN are false, so a NaN in either is rejected.
+    accepted = usable & (damping >= 0) & (target > 0) & jnp.isfinite(target)
+    capped = accepted & (damping > max_damping)
+
+    like = lambda new, old: jnp.asarray(new).astype(old.dtype)
+    choose = lambda new, old: jnp.where(accepted, like(new, old), old)
+    return LearnedDamping(
+        damping=choose(jnp.minimum(damping, max_damping), learned.damping),
+        damping_target=choose(target, learned.damping_target),
+        measured_variance=like(measured.variance, learned.measured_variance),
+        average_mean=nu,
+        average_dispersion=d2,
+        average_variance=m,
+        last_refresh=like(step, learned.last_refresh),
+        refresh_attempts=learned.refresh_attempts + 1,
+        refresh_rejections=learned.refresh_rejections
+        + (~accepted).astype(jnp.int32),
+        refresh_caps=learned.refresh_caps + capped.astype(jnp.int32),
+    )
+
+
+def curvature_ratio(curvature: Params, damping) -> jax.Array:
+    """Eq. 5: learning rate in the flattest over that in the sharpest direction.
+
+    R = (max s + delta) / (min s + delta) over all elements s of `curvature`. It is 1
+    for SGD and at infinite damping, and grows without bound as the damping of a
+    singular curvature goes to 0: the bias towards flat directions that the paper
+    blames for the generalisation gap.
+
+    Args:
+        curvature: pytree of the preconditioner's eigenvalues, >= 0. For Adam the tree
+            of sqrt(v), bias-corrected: units of a gradient.
+        damping: delta, in the unit of `curvature`.
+
+    Returns:
+        R >= 1, a scalar.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.damping import curvature_ratio
+        >>> print(curvature_ratio({"w": jnp.array([0.0, 9.0])}, 1.0))
+        10.0
+
+    References:
+        Granziol and Baskerville, eq. 5 and section 6.1.
+    """
+    leaves = jax.tree.leaves(curvature)
+    largest = jnp.stack([jnp.max(x) for x in leaves]).max()
+    smallest = jnp.stack([jnp.min(x) for x in leaves]).min()
+    return (largest + damping) / (smallest + damping)
+
+
+def stable_learning_rate(max_eigenvalue, *, momentum=0.0, averaged=False):
+    r"""The largest learning rate at which a quadratic does not diverge.
+
+    The step is x <- x - alpha D^-1 g with D = B + delta. With lambda the largest
+    eigenvalue of D^-1/2 H D^-1/2 (of H for SGD), the bound is 2 / lambda, times
+
+    - 1 + rho for heavy-ball momentum rho (`optax.trace`);
+    - (1 + b1) / (1 - b1) for momentum that averages gradients with decay b1 (Adam).
+
+    Args:
+        max_eigenvalue: lambda, from `rmtdamp.hessian.largest_eigenvalue` with
+            `preconditioner` D, or any other source.
+        momentum: rho or b1, in [0, 1).
+        averaged: whether momentum averages, as Adam's does, or sums.
+
+    Returns:
+        The bound; infinite where lambda <= 0, since no curvature limits the step.
+
+    Raises:
+        ValueError: momentum outside [0, 1).
+
+    Example:
+        >>> from rmtdamp.damping import stable_learning_rate
+        >>> print(f"{stable_learning_rate(4.0):.2f}")
+        0.50
+        >>> print(f"{stable_learning_rate(4.0, momentum=0.9, averaged=True):.2f}")
+        9.50
+
+    References:
+        Granziol and Baskerville, section 8, eq. 17; the momentum factors are the
+        classical stability bounds of a two-term recursion.
+    """
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum is {momentum}, and must lie in [0, 1)")
+    factor = (1 + momentum) / (1 - momentum) if averaged else 1 + momentum
+    eigenvalue = jnp.asarray(max_eigenvalue)
+    positive = eigenvalue > 0
+    return jnp.where(positive, 2 * factor / jnp.where(positive, eigenvalue, 1), jnp.inf)
+
+
+def stable_learning_rate_bound(hessian_diagonal: Params, preconditioner: Params):
+    """Eq. 19: an upper bound of the largest stable learning rate.
+
+    2 / max_i (|phi_i^T H phi_i| / (eta_i + delta)), for a preconditioner that is
+    diagonal in the parameters (Adam's): the phi_i are the unit vectors, and the
+    quadratic forms are the diagonal of H. It is only an upper bound, 1.6 to 8 times too
+    large in small examples; `stable_learning_rate` gives the rate itself.
+
+    Args:
+        hessian_diagonal: pytree of the diagonal of H.
+        preconditioner: pytree of eta + delta > 0, of the same shapes; for Adam
+            sqrt(v) + damping.
+
+    Returns:
+        The bound without momentum, a scalar.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.damping import stable_learning_rate_bound
+        >>> diagonal, damped = jnp.array([8.0, 1.0]), jnp.array([2.0, 1.0])
+        >>> print(stable_learning_rate_bound(diagonal, damped))
+        0.5
+
+    References:
+        Granziol and Baskerville, eq. 19.
+    """
+    ratios = jax.tree.map(
+        lambda h, d: jnp.max(jnp.abs(h) / d), hessian_diagonal, preconditioner
+    )
+    return 2 / jnp.stack(jax.tree.leaves(ratios)).max()

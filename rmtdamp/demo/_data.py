@@ -1,0 +1,108 @@
+"""A folder in its original format, or scikit-learn's digits -> arrays.
+
+Images come out flat, float32, with the training set's mean 0 and deviation 1 over all
+pixels; labels as int32.
+"""
+
+import gzip
+import pathlib
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+
+_IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+
+class DataError(ValueError):
+    """A data file is missing or not what it should be; the message names it."""
+
+
+class Dataset(NamedTuple):
+    """Training and test examples."""
+
+    name: str
+    train: tuple[np.ndarray, np.ndarray]  # (n, pixels) float32, (n,) int32
+    test: tuple[np.ndarray, np.ndarray]
+    num_classes: int
+
+
+def _prepare(name, train, test) -> Dataset:
+    mean, deviation = train[0].mean(), train[0].std()
+    flat = lambda x: ((x.reshape(len(x), -1) - mean) / deviation).astype(np.float32)
+    pair = lambda split: (flat(split[0]), split[1].astype(np.int32))
+    return Dataset(name, pair(train), pair(test), int(train[1].max()) + 1)
+
+
+def load_digits() -> Dataset:
+    """Scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; comes with it."""
+    from sklearn.datasets import load_digits as bundled
+
+    digits = bundled()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    images, labels = digits.images[order], digits.target[order]
+    return _prepare(
+        "digits", (images[:1280], labels[:1280]), (images[1280:], labels[1280:])
+    )
+
+
+def read_idx(path: pathlib.Path) -> np.ndarray:
+    """An array of unsigned bytes from an idx file, gzipped or not.
+
+    Raises:
+        DataError: the file is missing, damaged, or not of that format.
+    """
+    try:
+        raw = path.read_bytes()
+        if path.suffix == ".gz":
+            raw = gzip.decompress(raw)
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is damaged: {error}; fetch it again") from None
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
+        raise DataError(
+            f"{path} is not an idx file of unsigned bytes: it begins with "
+            f"{raw[:4].hex() or 'nothing'}, not 000008"
+        )
+    header = 4 + 4 * raw[3]
+    shape = tuple(np.frombuffer(raw[4:header], ">u4").astype(int).tolist())
+    if len(shape) != raw[3] or len(raw) != header + int(np.prod(shape)):
+        raise DataError(
+            f"{path} is truncated or has too much in it: {len(raw)} bytes where its "
+            f"header promises an array of shape {shape}; fetch it again"
+        )
+    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+
+
+def load_idx(folder: pathlib.Path) -> Dataset:
+    """MNIST, Fashion-MNIST or anything in their format: four idx files, .gz or not.
+
+    Raises:
+        DataError: a file is missing, damaged, or disagrees with its partner.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder")
+    paths = []
+    for name in _IDX_FILES:
+        found = [p for p in (folder / f"{name}.gz", folder / name) if p.exists()]
+        if not found:
+            raise DataError(
+                f"{folder} holds no {name}.gz: it needs the four idx files "
+                f"{', '.join(_IDX_FILES)}, gzipped or not"
+            )
+        paths.append(found[0])
+    arrays = [read_idx(path) for path in paths]
+    for i in (0, 2):
+        if arrays[i].ndim != 3 or arrays[i + 1].shape != arrays[i].shape[:1]:
+            raise DataError(
+                f"{paths[i]} and {paths[i + 1]} do not belong together: shapes "
+                f"{arrays[i].shape} and {arrays[i + 1].shape}"
+            )
+    train, test = (arrays[0], arrays[1]), (arrays[2], arrays[3])
+    return _prepare(folder.resolve().name, train, test)

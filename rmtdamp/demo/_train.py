@@ -1,0 +1,176 @@
+"""One training run: a Flax network, an optax transformation, a record per epoch."""
+
+import functools
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import rmtdamp
+
+from ._data import Dataset
+
+METHODS = ("sgd", "adam", "adam-shrinkage", "auto-adam")
+
+
+class Settings(NamedTuple):
+    """What one run is made with; each field is an option of the command line."""
+
+    epochs: int = 60
+    batch_size: int = 128
+    width: int = 128
+    learning_rate: float = 1e-3
+    sgd_learning_rate: float = 0.05
+    damping: float = 1e-2
+    floor: float = 1e-4
+    every: int = 20
+    rule: str = "identity"
+    form: str = "damping"
+
+
+RULES = {
+    "identity": rmtdamp.identity_target,
+    "scaled-identity": rmtdamp.scaled_identity_target,
+}
+
+
+class Record(NamedTuple):
+    """The state of a run at the end of an epoch."""
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    test_loss: float
+    test_accuracy: float
+    damping: float | None  # None where the optimiser holds no damping in its state
+    measured_variance: float | None
+    steps_per_second: float
+
+
+class Classifier(nnx.Module):
+    """A multilayer perceptron with two hidden layers."""
+
+    def __init__(self, sizes: tuple[int, ...], rngs: nnx.Rngs):
+        self.layers = nnx.List(
+            nnx.Linear(m, n, rngs=rngs)
+            for m, n in zip(sizes[:-1], sizes[1:], strict=True)
+        )
+
+    def __call__(self, x):
+        """Logits of flat images."""
+        for layer in self.layers[:-1]:
+            x = nnx.relu(layer(x))
+        return self.layers[-1](x)
+
+
+def build(sizes: tuple[int, ...], seed: int):
+    """(loss_fn, predict, params) of a fresh network; the functions are shared."""
+    model = Classifier(sizes, nnx.Rngs(seed))
+    loss_fn, predict = _functions(sizes)
+    return loss_fn, predict, nnx.as_pure(nnx.state(model, nnx.Param))
+
+
+@functools.cache
+def _functions(sizes):
+    """One pair per architecture, so that seeds and methods share what is compiled."""
+    graphdef, _ = nnx.split(Classifier(sizes, nnx.Rngs(0)))
+
+    def predict(params, images):
+        return nnx.merge(graphdef, params)(images)
+
+    def loss_fn(params, batch):
+        images, labels = batch
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            predict(params, images), labels
+        )
+        return jnp.mean(losses)
+
+    return loss_fn, predict
+
+
+def transformation(method: str, settings: Settings, loss_fn, total_steps: int):
+    """The optimiser that a method's name stands for."""
+    anneal = rmtdamp.schedules.linear_anneal_schedule
+    rate = anneal(settings.learning_rate, total_steps)
+    if method == "sgd":
+        return optax.sgd(anneal(settings.sgd_learning_rate, total_steps), momentum=0.9)
+    if method == "adam":
+        return optax.adam(rate)
+    if method == "adam-shrinkage":
+        adam = rmtdamp.adam_shrinkage(rate, form=settings.form)
+        return rmtdamp.set_damping(adam, settings.damping)
+    if method == "auto-adam":
+        return rmtdamp.auto_adam(
+            rate,
+            loss_fn,
+            every=settings.every,
+            floor=settings.floor,
+            rule=RULES[settings.rule],
+            form=settings.form,
+        )
+    raise ValueError(f"method is {method!r}: choose from {', '.join(METHODS)}")
+
+
+@functools.partial(jax.jit, static_argnames=("tx", "loss_fn"))
+def _train_epoch(tx, loss_fn, params, opt_state, data, order):
+    def step(carry, rows):
+        params, opt_state = carry
+        batch = jax.tree.map(lambda x: x[rows], data)
+        grads = jax.grad(loss_fn)(params, batch)
+        updates, opt_state = tx.update(grads, opt_state, params, batch=batch)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    return jax.lax.scan(step, (params, opt_state), order)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("predict",))
+def _evaluate(predict, params, data):
+    logits = predict(params, data[0])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, data[1])
+    return jnp.mean(losses), jnp.mean(jnp.argmax(logits, axis=1) == data[1])
+
+
+def train(
+    data: Dataset, method: str, settings: Settings, seed: int, tx=None
+) -> Iterator[Record]:
+    """Train once, yielding a record per epoch.
+
+    The seed fixes the initial weights and the order of the data, so that the methods
+    at one seed differ in nothing else. The speed leaves out compilation.
+    """
+    sizes = (data.train[0].shape[1], settings.width, settings.width, data.num_classes)
+    loss_fn, predict, params = build(sizes, seed)
+    num_batches = len(data.train[1]) // settings.batch_size
+    tx = tx or transformation(method, settings, loss_fn, settings.epochs * num_batches)
+    tx = optax.with_extra_args_support(tx)
+    opt_state = tx.init(params)
+    train_data, test_data = jax.device_put((data.train, data.test))
+    rng = np.random.default_rng(seed)
+    epoch_fn = _train_epoch
+    for epoch in range(1, settings.epochs + 1):
+        order = rng.permutation(len(data.train[1]))[: num_batches * settings.batch_size]
+        order = jnp.asarray(order.reshape(num_batches, -1))
+        if epoch == 1:
+            epoch_fn = _train_epoch.lower(
+                tx, loss_fn, params, opt_state, train_data, order
+            ).compile()
+        start = time.perf_counter()
+        params, opt_state = jax.block_until_ready(
+            epoch_fn(params, opt_state, train_data, order)
+        )
+        seconds = time.perf_counter() - start
+        number = lambda name: optax.tree.get(opt_state, name)
+        scalar = lambda x: None if x is None else float(x)
+        yield Record(
+            epoch,
+            *map(float, _evaluate(predict, params, train_data)),
+            *map(float, _evaluate(predict, params, test_data)),
+            damping=scalar(number("damping")),
+            measured_variance=scalar(number("measured_variance")),
+            steps_per_second=num_batches / seconds,
+        )

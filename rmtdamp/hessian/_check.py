@@ -1,0 +1,88 @@
+"""Is this loss the mean over independent examples that a variance needs?"""
+
+import jax
+import jax.numpy as jnp
+
+from rmtdamp._tree import check_params, num_examples
+from rmtdamp._types import Batch, LossFn, Params
+
+from ._products import check_scalar
+
+
+def check_loss(
+    loss_fn: LossFn,
+    params: Params,
+    batch: Batch,
+    *,
+    loss_args: tuple = (),
+    rtol: float = 1e-3,
+) -> None:
+    """Raise if the loss is not a mean over independent examples. Eager; run it once.
+
+    The variance of the Hessian is read off microbatches, so the loss of a batch must be
+    the mean of its examples' losses. Two comparisons show most ways to break that:
+
+    - the batch in reverse order must give the same loss (dropout draws other masks
+      for the same examples);
+    - the mean over two halves must be the loss of both together (a sum gives half; so
+      do batch statistics or weights normalised over the batch give something else).
+
+    Evaluating the same batch twice would show neither.
+
+    Args:
+        loss_fn: `loss_fn(params, batch, *loss_args) -> scalar`.
+        params: pytree of real floating arrays.
+        batch: pytree of arrays with one leading axis, at least two examples.
+        loss_args: further arguments of the loss.
+        rtol: allowed relative difference, above the rounding of the loss's dtype.
+
+    Raises:
+        TypeError: params that are not real floats, or a loss that is not a scalar.
+        ValueError: an empty or unequal batch, fewer than two examples, a loss that is
+            not finite, or one that fails either comparison.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp import check_loss
+        >>> check_loss(lambda w, x: jnp.mean((x @ w) ** 2), jnp.ones(3), jnp.ones((4, 3)))
+        >>> check_loss(lambda w, x: jnp.sum((x @ w) ** 2), jnp.ones(3), jnp.ones((4, 3)))
+        Traceback (most recent call last):
+            ...
+        ValueError: loss_fn sums over the batch: ...
+    """
+    check_params(params)
+    count = num_examples(batch)
+    if count < 2:
+        raise ValueError(f"check_loss compares halves, and batch holds {count} example")
+    check_scalar(loss_fn, params, batch, loss_args)
+    half = count // 2
+    rows = lambda part: jax.tree.map(lambda x: jnp.asarray(x)[part], batch)
+    loss = lambda part: float(loss_fn(params, rows(part), *loss_args))
+
+    whole = loss(slice(0, 2 * half))
+    if not jnp.isfinite(whole):
+        raise ValueError(
+            f"loss_fn gives {whole} on this batch: a curvature measured here would not "
+            "be finite; check the data and the learning rate"
+        )
+    reverse = loss(slice(2 * half - 1, None, -1))
+    halves = (loss(slice(0, half)) + loss(slice(half, 2 * half))) / 2
+    differs = lambda a: abs(a - whole) > rtol * max(abs(whole), abs(a))
+    if differs(reverse):
+        raise ValueError(
+            f"loss_fn depends on the order of the examples ({whole:.6g}, reversed "
+            f"{reverse:.6g}): dropout or augmentation is left on; measure curvature in "
+            "evaluation mode"
+        )
+    if differs(halves):
+        if abs(2 * halves - whole) <= rtol * abs(whole):
+            raise ValueError(
+                f"loss_fn sums over the batch: {whole:.6g} for {2 * half} examples, "
+                f"{halves:.6g} on average for {half}; return the mean, jnp.mean(losses)"
+            )
+        raise ValueError(
+            f"loss_fn is not a mean over examples: {whole:.6g} for {2 * half} examples, "
+            f"{halves:.6g} on average for their halves. Batch statistics (BatchNorm in "
+            "training mode: use the running averages) or weights normalised over the "
+            "batch (a mean over tokens: divide by a constant) couple the examples"
+        )

@@ -1,0 +1,124 @@
+"""matvec -> the largest eigenvalue, by power iteration.
+
+The first half of the steps finds the eigenvalue of largest magnitude. If that one is
+negative, the second half starts anew on the matrix shifted by it, so that what comes
+out is the algebraically largest eigenvalue, the one that bounds the learning rate.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rmtdamp._tree import (
+    accumulation_dtype,
+    aligned,
+    check_params,
+    norm,
+    random_like,
+    scale,
+    vdot,
+)
+from rmtdamp._types import Key, Matvec, Params
+
+
+class Eigenvalue(NamedTuple):
+    """An eigenvalue estimate, its residual, and its unit vector."""
+
+    value: jax.Array  # (), Rayleigh quotient theta
+    residual: jax.Array  # (), ||M x - theta x||: an eigenvalue lies this near to theta
+    vector: Params  # like params, x of unit norm
+
+
+@jax.jit
+def _step(matvec, root, shift, vector):
+    """One product with M + shift, M = root H root, from a vector of any length."""
+    x = scale(1 / norm(vector), vector)
+    product = matvec(x if root is None else jax.tree.map(jnp.multiply, root, x))
+    if root is not None:
+        product = jax.tree.map(jnp.multiply, root, product)
+    theta = vdot(x, product)
+    residual = norm(jax.tree.map(lambda y, a: y - theta.astype(a.dtype) * a, product, x))
+    shifted = jax.tree.map(lambda y, a: y + shift.astype(a.dtype) * a, product, x)
+    return shifted, Eigenvalue(theta, residual, x)
+
+
+def _iterate(matvec, root, shift, vector, num_steps):
+    """`num_steps` products: from Python if nothing is traced, else in the graph.
+
+    XLA:CPU runs convolutions inside a loop some thirty times slower, and an eager loop
+    of compiled steps never waits for the device.
+    """
+    vector, eigenvalue = _step(matvec, root, shift, vector)
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((matvec, vector))):
+        body = lambda _, carry: _step(matvec, root, shift, carry[0])
+        return jax.lax.fori_loop(1, num_steps, body, (vector, eigenvalue))
+    for _ in range(num_steps - 1):
+        vector, eigenvalue = _step(matvec, root, shift, vector)
+    return vector, eigenvalue
+
+
+def largest_eigenvalue(
+    matvec: Matvec,
+    like: Params,
+    key: Key,
+    *,
+    num_steps: int = 100,
+    preconditioner: Params | None = None,
+) -> Eigenvalue:
+    """The algebraically largest eigenvalue of H, or of D^-1/2 H D^-1/2.
+
+    With D = B + delta, the damped preconditioner of an adaptive method, the latter is
+    the curvature that the method sees: `stable_learning_rate` turns it into the
+    largest stable learning rate (eq. 17).
+
+    Power iteration converges like (|lambda_2| / lambda_1)^num_steps; `residual` says
+    how far it got. A tie of largest magnitudes +lambda and -lambda does not converge,
+    and shows as a large residual.
+
+    Args:
+        matvec: v -> H v for a symmetric H, from `hessian_matvec` or any function of
+            pytrees. A plain function is compiled once per function object.
+        like: pytree of real floating arrays, for structure, shapes and dtypes.
+        key: a key of `jax.random` for the starting vectors.
+        num_steps: number of products, at least 2.
+        preconditioner: the diagonal of D, positive, a pytree like `like`; for Adam the
+            tree of sqrt(v) + damping. None for H itself.
+
+    Returns:
+        `Eigenvalue(value, residual, vector)`.
+
+    Raises:
+        TypeError: `like` holds anything but real floating arrays.
+        ValueError: fewer than 2 steps, or a preconditioner of other shapes.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from rmtdamp.hessian import largest_eigenvalue
+        >>> diagonal = jnp.array([-4.0, 1.0, 3.0])
+        >>> matvec = lambda v: diagonal * v
+        >>> found = largest_eigenvalue(matvec, diagonal, jax.random.key(0))
+        >>> print(f"{found.value:.3f}")
+        3.000
+
+    References:
+        Granziol and Baskerville, eq. 17 and the text before eq. 19.
+    """
+    check_params(like)
+    if num_steps < 2:
+        raise ValueError(f"num_steps is {num_steps}, and at least 2 are needed")
+    root = None
+    if preconditioner is not None:
+        root = jax.tree.map(
+            lambda d: 1 / jnp.sqrt(d), aligned(preconditioner, like)
+        )
+    if not isinstance(matvec, jax.tree_util.Partial):
+        matvec = jax.tree_util.Partial(matvec)
+    zero = jnp.zeros((), accumulation_dtype(like))
+    first, second = jax.random.split(key)
+    vector = random_like(first, like, jax.random.normal)
+    vector, found = _iterate(matvec, root, zero, vector, num_steps // 2)
+    shift = jnp.maximum(-found.value, zero)
+    restart = random_like(second, like, jax.random.normal)
+    vector = jax.tree.map(lambda a, b: jnp.where(shift > 0, a, b), restart, vector)
+    return _iterate(matvec, root, shift, vector, num_steps - num_steps // 2)[1]

@@ -1,0 +1,26 @@
+"""ACT: optax gradient transformations that use, hold or learn a damping.
+
+`damping` is a traced scalar that travels inward as an extra argument of `update`. One
+link of a chain owns it and keeps it in its state (`auto_damping` learns it,
+`set_damping` holds it); whoever uses it stands inside and keeps none, with the value of
+its constructor as the fall-back. The owner hands in a second scalar, `damping_target`,
+the tau that the shrinkage form needs.
+
+The only folder that imports optax.
+"""
+
+from ._adam import (
+    adam_shrinkage as adam_shrinkage,
+    adamw_shrinkage as adamw_shrinkage,
+    scale_by_adam_shrinkage as scale_by_adam_shrinkage,
+    with_damping as with_damping,
+)
+from ._auto import (
+    AutoDampingState as AutoDampingState,
+    SetDampingState as SetDampingState,
+    auto_adam as auto_adam,
+    auto_damping as auto_damping,
+    refresh_damping as refresh_damping,
+    set_damping as set_damping,
+)
+from ._learner import DampingLearner as DampingLearner

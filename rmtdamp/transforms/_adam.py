@@ -1,0 +1,304 @@
+"""Adam with damping as a first-class hyper-parameter.
+
+Adam's damping is its eps. So Adam with shrinkage is optax's own Adam whose eps arrives
+with the step, and every optax factory with such a constant can take part in the same
+way (`with_damping`); its arithmetic and its state stay optax's, to the last bit.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Form = Literal["damping", "shrinkage"]
+
+
+def _cast_like(tree, like):
+    """`tree` with the dtypes of `like`, leaf by leaf."""
+    return jax.tree.map(
+        lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype),
+        tree,
+        like,
+    )
+
+
+def _update_damped(factory, damping, updates, state, params, extra_args):
+    """The update of `factory(damping)`, in the dtypes of what went in.
+
+    A traced damping is a float32 scalar, which standard promotion lets win over
+    bfloat16 and float16: the division is done in float32 and rounded once at the end.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        inner = optax.with_extra_args_support(factory(damping))
+        new, new_state = inner.update(updates, state, params, **extra_args)
+    return _cast_like(new, updates), _cast_like(new_state, state)
+
+
+def with_damping(
+    factory: Callable[..., optax.GradientTransformation], argument: str = "eps"
+) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    """Let an optax factory take its eps from `damping`.
+
+    `with_damping(optax.amsgrad)(1e-3)` is `optax.amsgrad(1e-3)` whose `eps` is whatever
+    the owner of the damping says (`auto_damping`, `set_damping`), and the factory's own
+    value where there is no owner. The state is that of the factory.
+
+    Units: those of the factory's argument. Where eps stands beside sqrt(v) (adam,
+    adamw, nadam, amsgrad, adabelief, rmsprop with `eps_in_sqrt=False`) it is that of a
+    gradient; inside the root it is that of a squared gradient.
+
+    Args:
+        factory: a function that returns a gradient transformation and whose state does
+            not depend on the argument's value.
+        argument: the name of the argument to be fed.
+
+    Returns:
+        A factory with the same arguments, whose transformation takes the extra
+        argument `damping`.
+
+    Raises:
+        TypeError: `factory` has no argument of that name.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import rmtdamp
+        >>> adam = rmtdamp.with_damping(optax.scale_by_adam)()
+        >>> params, grads = jnp.zeros(2), jnp.array([1.0, 2.0])
+        >>> updates, _ = adam.update(grads, adam.init(params), params, damping=1.0)
+        >>> [round(float(u), 3) for u in updates]
+        [0.5, 0.667]
+    """
+    signature = inspect.signature(factory)
+    if argument not in signature.parameters:
+        raise TypeError(
+            f"{getattr(factory, '__name__', factory)} has no argument {argument!r}: "
+            f"choose from {', '.join(signature.parameters)}"
+        )
+
+    @functools.wraps(factory)
+    def damped_factory(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+
+        def at(damping):
+            bound.arguments[argument] = damping
+            return factory(*bound.args, **bound.kwargs)
+
+        constant = bound.arguments[argument]
+        init = at(constant).init
+
+        def update(updates, state, params=None, *, damping=None, **extra_args):
+            damping = constant if damping is None else damping
+            return _update_damped(at, damping, updates, state, params, extra_args)
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    return damped_factory
+
+
+def scale_by_adam_shrinkage(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    damping: optax.ScalarOrSchedule = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: Any = None,
+    *,
+    nesterov: bool = False,
+    form: Form = "damping",
+    target: jax.typing.ArrayLike = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam's rescaling with a damping that can be set, scheduled or learned.
+
+    With Adam's bias-corrected moments m, v (`b1`, `b2`, `eps_root`), delta the damping
+    and tau the target,
+
+        form="damping":    u = m / (sqrt(v) + delta)
+        form="shrinkage":  u = m / (beta sqrt(v) + (1 - beta) tau) = (1 + delta/tau)
+                               * m / (sqrt(v) + delta),   beta = 1 / (1 + delta/tau).
+
+    The shrinkage form keeps the step's size as the damping grows: it tends to m / tau,
+    momentum SGD, where the damping form tends to m / delta. (The authors' experiments
+    multiply the learning rate by 1 + delta, which is the shrinkage form at tau = 1.)
+
+    The damping is that of the owner around it (`auto_damping`, `set_damping`), and the
+    argument's where there is none. At damping 1e-8 the damping form is `optax.adam`, to
+    the last bit. The state is optax's `ScaleByAdamState`.
+
+    Units: sqrt(v) is a gradient, and so is delta. Eq. 15's damping is a squared Hessian
+    eigenvalue over a unit target; that it may serve here is an experimental finding,
+    and section 7.3 of the paper warns that the square root makes it harsh.
+
+    Args:
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        damping: delta, a number or a schedule of the step, for use without an owner.
+        eps_root: added to v inside the root.
+        mu_dtype: dtype of the first moment; default: that of the params.
+        nesterov: Nesterov momentum.
+        form: "damping" or "shrinkage".
+        target: tau, for use without an owner, in the unit of a gradient.
+
+    Returns:
+        A transformation whose `update` takes `damping` and `damping_target`, scalars.
+        Updates have the gradients' dtype; the division is done in float32 or wider
+        when an owner hands the damping in.
+
+    Raises:
+        ValueError: an unknown `form`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import rmtdamp
+        >>> adam = rmtdamp.scale_by_adam_shrinkage(damping=1.0, form="shrinkage")
+        >>> params, grads = jnp.zeros(2), jnp.array([1.0, 3.0])
+        >>> updates, _ = adam.update(grads, adam.init(params), params)
+        >>> [round(float(u), 3) for u in updates]
+        [1.0, 1.5]
+
+    References:
+        Kingma and Ba, Adam, Algorithm 1. Granziol and Baskerville, eqs. 11 and 13.
+    """
+    if form not in ("damping", "shrinkage"):
+        raise ValueError(f"form is {form!r}: choose 'damping' or 'shrinkage'")
+
+    def adam(eps):
+        return optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
+
+    fallback, fallback_target = damping, target
+
+    def update(
+        updates, state, params=None, *, damping=None, damping_target=None, **extra_args
+    ):
+        if damping is None:
+            damping = fallback(state.count) if callable(fallback) else fallback
+        if damping_target is None:
+            damping_target = fallback_target
+        updates, state = _update_damped(
+            adam, damping, updates, state, params, extra_args
+        )
+        if form == "shrinkage":
+            boost = jnp.asarray(1 + damping / damping_target)
+            updates = jax.tree.map(lambda u: u * boost.astype(u.dtype), updates)
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(adam(0.0).init, update)
+
+
+def adam_shrinkage(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    damping: optax.ScalarOrSchedule = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: Any = None,
+    *,
+    nesterov: bool = False,
+    form: Form = "damping",
+    target: jax.typing.ArrayLike = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam with damping as a hyper-parameter; at 1e-8 it is `optax.adam`.
+
+    `scale_by_adam_shrinkage` followed by the learning rate. To learn the damping, put
+    `scale_by_adam_shrinkage` (or this) inside `auto_damping`, or take `auto_adam`.
+
+    Args:
+        learning_rate: alpha, a number or a schedule.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        damping: delta, a number or a schedule, in the unit of a gradient.
+        eps_root: added to v inside the root.
+        mu_dtype: dtype of the first moment; default: that of the params.
+        nesterov: Nesterov momentum.
+        form: "damping" or "shrinkage".
+        target: tau of the shrinkage form.
+
+    Returns:
+        A gradient transformation.
+
+    Raises:
+        ValueError: an unknown `form`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> import rmtdamp
+        >>> tx = rmtdamp.adam_shrinkage(0.1, damping=1e-2)
+        >>> params = jnp.array([1.0, -2.0])
+        >>> state = tx.init(params)
+        >>> for _ in range(100):
+        ...     grads = jax.grad(lambda p: jnp.sum(p**2))(params)
+        ...     updates, state = tx.update(grads, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> bool(jnp.max(jnp.abs(params)) < 0.05)
+        True
+
+    References:
+        Granziol and Baskerville, sections 6 and 7.
+    """
+    return optax.chain(
+        scale_by_adam_shrinkage(
+            b1, b2, damping, eps_root, mu_dtype,
+            nesterov=nesterov, form=form, target=target,
+        ),  # fmt: skip
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def adamw_shrinkage(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    damping: optax.ScalarOrSchedule = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: Any = None,
+    weight_decay: jax.typing.ArrayLike = 1e-4,
+    mask: Any = None,
+    *,
+    nesterov: bool = False,
+    form: Form = "damping",
+    target: jax.typing.ArrayLike = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    """`adam_shrinkage` with decoupled weight decay; at 1e-8 it is `optax.adamw`.
+
+    Args:
+        learning_rate: alpha, a number or a schedule.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        damping: delta, a number or a schedule, in the unit of a gradient.
+        eps_root: added to v inside the root.
+        mu_dtype: dtype of the first moment; default: that of the params.
+        weight_decay: multiplied by the learning rate, as in `optax.adamw`.
+        mask: which params decay: a tree of bools or a function that makes one.
+        nesterov: Nesterov momentum.
+        form: "damping" or "shrinkage".
+        target: tau of the shrinkage form.
+
+    Returns:
+        A gradient transformation.
+
+    Raises:
+        ValueError: an unknown `form`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import rmtdamp
+        >>> tx = rmtdamp.adamw_shrinkage(1e-3, damping=1e-3, weight_decay=1e-2)
+        >>> params = jnp.ones(2)
+        >>> updates, state = tx.update(jnp.ones(2), tx.init(params), params)
+
+    References:
+        Loshchilov and Hutter, Decoupled weight decay regularization. Granziol and
+        Baskerville, figure 9.
+    """
+    return optax.chain(
+        scale_by_adam_shrinkage(
+            b1, b2, damping, eps_root, mu_dtype,
+            nesterov=nesterov, form=form, target=target,
+        ),  # fmt: skip
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
