@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rmtdamp._tree import accumulation_dtype, num_examples
+from rmtdamp._tree import accumulation_dtype, check_params, num_examples
 from rmtdamp._types import Batch, LossFn, Params
 from rmtdamp.damping import DampingRule, LearnedDamping, identity_target
 
@@ -75,6 +75,8 @@ def _check_whole(params, name) -> None:
 
 def _check_uses_damping(inner, updates, state, params, damping, extra_args) -> None:
     """Refuse an inner transformation whose result does not depend on the damping."""
+    if not jax.tree.leaves(updates):
+        return
     traced = jax.make_jaxpr(
         lambda d: inner.update(updates, state, params, damping=d, **extra_args)
     )(damping).jaxpr
@@ -212,6 +214,7 @@ def auto_damping(
         _check_whole(params, "auto_damping")
         learned = state.learned
         if every is not None and jax.tree.leaves(params):
+            check_params(params)
             data = batch if curvature_batch is None else curvature_batch
             if data is None:
                 raise ValueError(

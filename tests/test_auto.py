@@ -1,0 +1,433 @@
+"""auto_damping, its by-hand twin, set_damping: what they hold, hand on and refuse."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax._src.test_utils import log_compilations
+from problems import mlp, mlp_batch, mlp_loss
+
+import rmtdamp
+from rmtdamp import (
+    DampingLearner,
+    adam_shrinkage,
+    auto_adam,
+    auto_damping,
+    refresh_damping,
+    scale_by_adam_shrinkage,
+    set_damping,
+    with_damping,
+)
+from rmtdamp.damping import learn_damping
+from rmtdamp.hessian import moments
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+SIZES = (8, 16, 4)
+PARAMS = mlp(jax.random.key(0), SIZES, jnp.float32)
+BATCH = mlp_batch(jax.random.key(1), 32, SIZES, jnp.float32)
+GRADS = jax.grad(mlp_loss)(PARAMS, BATCH)
+LEARNER = DampingLearner(mlp_loss, floor=1e-3)
+get = optax.tree.get
+
+
+def owned(learner=LEARNER, **options):
+    return auto_damping(scale_by_adam_shrinkage(), learner, **options)
+
+
+def take_steps(tx, num, state=None, **extras):
+    state = tx.init(PARAMS) if state is None else state
+    extras = {"batch": BATCH} | extras
+    updates = GRADS
+    for _ in range(num):
+        updates, state = tx.update(GRADS, state, PARAMS, **extras)
+    return updates, state
+
+
+def test_first_damping_is_floor_plus_measured_variance():
+    _, state = take_steps(owned(), 1)
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    measured = moments(mlp_loss, PARAMS, BATCH, key)
+    np.testing.assert_allclose(get(state, "measured_variance"), measured.variance)
+    np.testing.assert_allclose(get(state, "damping"), 1e-3 + measured.variance)
+
+
+def test_refreshes_every_so_many_steps_and_follows_the_learner():
+    tx, state, expected = owned(every=3), None, LEARNER.init(PARAMS)
+    for step in range(7):
+        _, state = take_steps(tx, 1, state)
+        if step % 3 == 0:
+            key = jax.random.fold_in(jax.random.key(0), step // 3)
+            expected = learn_damping(
+                expected,
+                moments(mlp_loss, PARAMS, BATCH, key),
+                step,
+                rule=LEARNER.rule,
+                floor=1e-3,
+                decay=0.7,
+                max_damping=1.0,
+            )
+        chex.assert_trees_all_close(state.learned, expected, rtol=1e-5)
+    assert get(state, "refresh_attempts") == 3
+    assert get(state, "last_refresh") == 6
+
+
+def test_the_update_is_that_of_adam_at_the_damping_in_force():
+    tx = owned(every=2)
+    state = tx.init(PARAMS)
+    plain = scale_by_adam_shrinkage()
+    plain_state = plain.init(PARAMS)
+    compiled = jax.jit(lambda state: tx.update(GRADS, state, PARAMS, batch=BATCH))
+    for _ in range(4):
+        updates, state = compiled(state)
+        expected, plain_state = plain.update(
+            GRADS, plain_state, PARAMS, damping=get(state, "damping")
+        )
+        chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["identity_target", "scaled_identity_target"])
+def test_target_reaches_the_shrinkage_form(rule):
+    learner = DampingLearner(mlp_loss, rule=getattr(rmtdamp, rule), num_probes=8)
+    of = lambda form: take_steps(
+        auto_damping(scale_by_adam_shrinkage(form=form), learner), 1
+    )
+    shrunk, state = of("shrinkage")
+    damped, _ = of("damping")
+    ratio = 1 + get(state, "damping") / get(state, "damping_target")
+    assert get(state, "refresh_rejections") == 0
+    chex.assert_trees_all_close(
+        shrunk, jax.tree.map(lambda u: u * ratio, damped), rtol=1e-5
+    )
+
+
+def test_a_bare_loss_is_a_learner_with_the_defaults():
+    chex.assert_trees_all_equal(
+        take_steps(owned(mlp_loss), 2), take_steps(owned(DampingLearner(mlp_loss)), 2)
+    )
+
+
+def test_by_hand_twin_gives_what_the_step_gives():
+    _, in_step = take_steps(owned(every=1), 1)
+    by_hand = owned(every=None)
+    state = refresh_damping(by_hand.init(PARAMS), LEARNER, PARAMS, BATCH)
+    chex.assert_trees_all_close(state.learned, in_step.learned, rtol=1e-6)
+    updates, after = take_steps(by_hand, 1, state, batch=None)
+    chex.assert_trees_all_equal(after.learned, state.learned)
+    chex.assert_trees_all_close(updates, take_steps(owned(every=1), 1)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx, optax.scale(-0.1)),
+        lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+        lambda tx: optax.apply_if_finite(tx, 3),
+        lambda tx: optax.named_chain(("damped", tx), ("rate", optax.scale(-0.1))),
+    ],
+    ids=["chain", "MultiSteps", "apply_if_finite", "named_chain"],
+)
+def test_found_in_any_chain(wrap):
+    tx = wrap(owned(every=None))
+    state = tx.init(PARAMS)
+    before = get(state, "damping")
+    refreshed = refresh_damping(state, LEARNER, PARAMS, BATCH)
+    assert get(refreshed, "damping") > before
+    assert get(refreshed, "refresh_attempts") == 1
+    chex.assert_trees_all_equal_structs(state, refreshed)
+    _, after = take_steps(tx, 2, refreshed)
+    assert get(after, "damping") == get(refreshed, "damping")
+
+
+def test_curvature_batch_is_measured_and_batch_is_meant():
+    """The authors' protocol: eight training batches' worth, the noise of one."""
+    large = mlp_batch(jax.random.key(7), 8 * 32, SIZES, jnp.float32)
+    _, state = take_steps(owned(), 1, curvature_batch=large)
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    expected = moments(mlp_loss, PARAMS, large, key, batch_size=32)
+    np.testing.assert_allclose(
+        get(state, "measured_variance"), expected.variance, rtol=1e-5
+    )
+    by_hand = refresh_damping(
+        owned().init(PARAMS), LEARNER, PARAMS, BATCH, curvature_batch=large
+    )
+    chex.assert_trees_all_close(by_hand.learned.damping, state.learned.damping)
+
+
+def test_loss_args_reach_the_loss_without_retracing():
+    traces = []
+
+    def loss(params, batch, weight):
+        traces.append(None)
+        return weight * mlp_loss(params, batch)
+
+    tx = owned(DampingLearner(loss, floor=0.0), every=1)
+    variances = []
+    update = jax.jit(
+        lambda w: tx.update(
+            GRADS, tx.init(PARAMS), PARAMS, batch=BATCH, loss_args=(w,)
+        )[1]
+    )
+    for weight in (1.0, 3.0):
+        state = update(jnp.float32(weight))
+        variances.append(get(state, "measured_variance"))
+        if weight == 1.0:
+            first = len(traces)
+    np.testing.assert_allclose(variances[1], 9 * variances[0], rtol=1e-5)
+    assert len(traces) == first
+
+
+@pytest.mark.parametrize(
+    ("count", "measured"), [(32, 32), (31, 24), (8, 8), (7, 7), (5, 5), (2, 2), (1, 0)]
+)
+def test_short_last_batch(count, measured):
+    """The largest part that eight divides; below eight, microbatches of one example."""
+    batch = jax.tree.map(lambda x: x[:count], BATCH)
+    _, state = take_steps(owned(), 1, batch=batch)
+    if measured == 0:
+        assert get(state, "refresh_attempts") == 0
+        assert get(state, "damping") == jnp.float32(1e-3)
+        return
+    part = jax.tree.map(lambda x: x[:measured], BATCH)
+    expected = moments(
+        mlp_loss,
+        PARAMS,
+        part,
+        jax.random.fold_in(jax.random.key(0), 0),
+        num_microbatches=min(8, measured),
+        batch_size=count,
+    )
+    np.testing.assert_allclose(
+        get(state, "measured_variance"), expected.variance, rtol=1e-5
+    )
+
+
+def test_non_finite_measurement_is_counted_and_training_goes_on():
+    tx = owned(every=1)
+    _, state = take_steps(tx, 1)
+    bad = (BATCH[0].at[0, 0].set(jnp.nan), BATCH[1])
+    updates, after = take_steps(tx, 1, state, batch=bad)
+    assert get(after, "refresh_rejections") == 1
+    assert get(after, "damping") == get(state, "damping")
+    assert jnp.isnan(get(after, "measured_variance"))
+    assert all(jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(updates))
+    _, healed = take_steps(tx, 1, after)
+    assert get(healed, "refresh_rejections") == 1
+    assert jnp.isfinite(get(healed, "measured_variance"))
+
+
+def test_measurement_is_reproducible_and_seeded():
+    one = take_steps(owned(DampingLearner(mlp_loss, seed=0)), 1)[1]
+    again = take_steps(owned(DampingLearner(mlp_loss, seed=0)), 1)[1]
+    other = take_steps(owned(DampingLearner(mlp_loss, seed=1)), 1)[1]
+    assert get(one, "damping") == get(again, "damping")
+    assert get(one, "damping") != get(other, "damping")
+
+
+def test_state_survives_serialisation():
+    import flax.serialization
+
+    tx = owned()
+    _, state = take_steps(tx, 2)
+    restored = flax.serialization.from_bytes(
+        tx.init(PARAMS), flax.serialization.to_bytes(state)
+    )
+    chex.assert_trees_all_equal(restored, state)
+
+
+def test_learner_is_a_pytree_that_passes_through_jit():
+    learner = DampingLearner(mlp_loss, floor=0.25)
+    floor = jax.jit(lambda learner: learner.floor * 2)(learner)
+    assert floor == 0.5
+    assert jax.tree.map(lambda x: x, learner) == learner
+
+
+def test_eager_updates_do_not_compile_again():
+    tx = owned(every=2)
+    state = tx.init(PARAMS)
+    for _ in range(2):
+        _, state = tx.update(GRADS, state, PARAMS, batch=BATCH)
+    with log_compilations() as logs:
+        tx.update(GRADS, state, PARAMS, batch=BATCH)
+    assert not [log for log in logs if "refresh" in log.getMessage()]
+
+
+def test_sharded_training_matches_one_device():
+    mesh = jax.make_mesh(
+        (jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+    )
+    place = lambda tree, *axes: jax.device_put(
+        tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+    )
+    tx = owned(every=1)
+
+    @jax.jit
+    def step(params, state, batch):
+        grads = jax.grad(mlp_loss)(params, batch)
+        return tx.update(grads, state, params, batch=batch)
+
+    here = step(PARAMS, tx.init(PARAMS), BATCH)
+    params = place(PARAMS)
+    there = step(params, place(tx.init(PARAMS)), place(BATCH, "data"))
+    chex.assert_trees_all_close(here, there, rtol=1e-4, atol=1e-6)
+
+
+def test_convolutions_on_a_cpu_get_a_warning_and_by_hand_does_not():
+    def loss(params, batch):
+        y = jax.lax.conv(batch, params, (1, 1), "SAME")
+        return jnp.mean(y**2)
+
+    params = jnp.ones((1, 1, 3, 3), jnp.float32)
+    batch = jnp.ones((4, 1, 5, 5), jnp.float32)
+    learner = DampingLearner(loss)
+    tx = owned(learner, every=2)
+    with pytest.warns(UserWarning, match="every=None to auto_damping and call refresh"):
+        tx.update(params, tx.init(params), params, batch=batch)
+    state = owned(learner, every=None).init(params)
+    refresh_damping(state, learner, params, batch)  # warnings are errors here
+
+
+def test_set_damping_shows_what_is_in_force():
+    schedule = optax.linear_schedule(1.0, 0.0, 4)
+    tx = set_damping(scale_by_adam_shrinkage(), schedule, target=0.5)
+    state = tx.init(PARAMS)
+    for step in range(3):
+        _, state = tx.update(GRADS, state, PARAMS)
+        np.testing.assert_allclose(get(state, "damping"), schedule(step))
+    assert get(state, "damping_target") == 0.5
+
+
+def test_empty_trees_and_none_leaves():
+    tx = owned()
+    for params in ({}, {"a": None}):
+        updates, _ = tx.update(params, tx.init(params), params)
+        assert updates == params
+
+
+# What cannot be right says so, before any state is touched.
+
+HOLES = lambda: optax.masked(owned(), [{"kernel": True, "bias": False}] * 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: owned().update(GRADS, owned().init(PARAMS)), "needs params, where it"),
+        (
+            lambda: owned().update(GRADS, owned().init(PARAMS), PARAMS),
+            "needs the batch to measure the curvature on: .*batch=batch",
+        ),
+        (lambda: take_steps(owned(), 1, batch=()), "batch holds no arrays"),
+        (
+            lambda: take_steps(owned(), 1, batch=(BATCH[0], BATCH[1][:3])),
+            "unequal leading axes",
+        ),
+        (
+            lambda: take_steps(owned(), 1, batch=jax.tree.map(lambda x: x[:0], BATCH)),
+            "batch holds no examples",
+        ),
+        (
+            lambda: take_steps(auto_damping(optax.adam(1e-3), LEARNER), 1),
+            r"ignores `damping`.*with_damping\(optax.adam\)",
+        ),
+        (
+            lambda: take_steps(set_damping(optax.sgd(1e-3), 1e-3), 1),
+            "ignores `damping`",
+        ),
+        (lambda: auto_damping(owned(), LEARNER).init(PARAMS), "two owners"),
+        (lambda: set_damping(owned(), 1e-3).init(PARAMS), "two owners of the damping"),
+        (
+            lambda: auto_damping(
+                optax.chain(set_damping(adam_shrinkage(1e-3), 1e-3)), LEARNER
+            ).init(PARAMS),
+            "transformation inside already holds one",
+        ),
+        (
+            lambda: take_steps(owned(), 1, damping=jnp.float32(1.0)),
+            "two owners .* do not pass damping= to update",
+        ),
+        (
+            lambda: refresh_damping(
+                optax.chain(owned(), owned()).init(PARAMS), LEARNER, PARAMS, BATCH
+            ),
+            "holds 2 auto_damping states",
+        ),
+        (
+            lambda: refresh_damping(
+                optax.adam(1e-3).init(PARAMS), LEARNER, PARAMS, BATCH
+            ),
+            "holds 0 auto_damping states",
+        ),
+        (lambda: HOLES().init(PARAMS), r"params with holes.*masked\(inner, mask\)"),
+        (lambda: owned(every=0), "every is 0: take at least 1, or None"),
+        (lambda: set_damping(adam_shrinkage(1e-3), -1.0), "damping is -1.0, and must"),
+        (lambda: DampingLearner(mlp_loss, floor=-1.0), "floor is -1.0, .* at least 0"),
+        (lambda: DampingLearner(mlp_loss, decay=1.0), r"decay is 1.0, .* in \[0, 1\)"),
+        (lambda: DampingLearner(mlp_loss, max_damping=0.0), "max_damping is 0.0"),
+        (lambda: DampingLearner(mlp_loss, num_microbatches=1), "at least 2, since"),
+        (lambda: DampingLearner(mlp_loss, num_probes=0), "num_probes is 0"),
+        (lambda: DampingLearner(mlp_loss, batch_size=0), "batch_size is 0"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_bad_values(call, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        call()
+
+
+def test_holes_at_update_are_refused_too():
+    state = owned().init(PARAMS)
+    holes = [{"kernel": PARAMS[0]["kernel"], "bias": optax.MaskedNode()}]
+    with pytest.raises(ValueError, match="params with holes"):
+        owned().update(GRADS, state, holes, batch=BATCH)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: take_steps(owned(lambda p, b: b[0]), 1),
+            r"real scalar and returned shape \(4, 8\)",
+        ),
+        (
+            lambda: owned().update(
+                jnp.ones(2), owned().init(jnp.ones(2)), jnp.arange(2), batch=BATCH
+            ),
+            "params is int64",
+        ),
+        (
+            lambda: owned().update(
+                jnp.ones(2), owned().init(jnp.ones(2)), jnp.ones(2) * 1j, batch=BATCH
+            ),
+            "params is complex128",
+        ),
+        (lambda: DampingLearner(None), "loss_fn is NoneType"),  # pyright: ignore
+        (lambda: DampingLearner(mlp_loss, rule=0.5), "rule is 0.5"),  # pyright: ignore
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_bad_types(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_auto_adam_is_the_chain_it_stands_for():
+    mask = [{"kernel": True, "bias": False}] * 2
+    one = auto_adam(1e-2, mlp_loss, floor=1e-3, weight_decay=0.1, mask=mask)
+    chain = optax.chain(
+        owned(),
+        optax.add_decayed_weights(0.1, mask),
+        optax.scale_by_learning_rate(1e-2),
+    )
+    chex.assert_trees_all_equal(take_steps(one, 3)[0], take_steps(chain, 3)[0])
+
+
+def test_with_damping_inside_a_mask_inside_the_owner():
+    """The documented way to mask: the owner outside, the mask inside."""
+    mask = [{"kernel": True, "bias": False}] * 2
+    inner = optax.masked(with_damping(optax.scale_by_adam)(), mask)
+    updates, state = take_steps(auto_damping(inner, LEARNER), 1)
+    chex.assert_trees_all_equal(updates[0]["bias"], GRADS[0]["bias"])
+    assert get(state, "damping") > 1e-3

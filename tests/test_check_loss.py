@@ -1,0 +1,61 @@
+"""check_loss finds what breaks the mean over independent examples, and nothing else."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rmtdamp import check_loss
+
+PARAMS = jnp.array([0.5, -1.0, 2.0])
+BATCH = jax.random.normal(jax.random.key(0), (16, 3))
+
+
+def losses(params, batch):
+    return (batch.astype(params.dtype) @ params) ** 2
+
+
+def mean(params, batch):
+    return jnp.mean(losses(params, batch))
+
+
+def dropout(params, batch, key):
+    mask = jax.random.bernoulli(key, 0.5, batch.shape)
+    return mean(params, jnp.where(mask, batch, 0))
+
+
+def batch_statistics(params, batch):
+    return mean(params, (batch - batch.mean(0)[None]) / batch.std(0)[None])
+
+
+def token_weighting(params, batch):
+    weight = (batch[:, 0] > 0).astype(params.dtype)
+    return jnp.sum(weight * losses(params, batch)) / jnp.sum(weight)
+
+
+@pytest.mark.parametrize("count", [2, 7, 16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_a_mean_passes(count, dtype):
+    check_loss(mean, PARAMS.astype(dtype), BATCH[:count])
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "loss_args", "message"),
+    [
+        (dropout, (jax.random.PRNGKey(1),), "depends on the order of the examples"),
+        (batch_statistics, (), "not a mean over examples.*BatchNorm"),
+        (token_weighting, (), "not a mean over examples.*mean over tokens"),
+        (lambda p, b: jnp.sum(losses(p, b)), (), "sums over the batch: .* jnp.mean"),
+        (lambda p, b: mean(p, b) / 0, (), "gives inf on this batch"),
+    ],
+    ids=["dropout", "batch statistics", "token weighting", "sum", "infinite"],
+)
+def test_what_is_not_a_mean_fails(loss_fn, loss_args, message):
+    with pytest.raises(ValueError, match=message):
+        check_loss(loss_fn, PARAMS.astype(jnp.float64), BATCH, loss_args=loss_args)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="compares halves, and batch holds 1 example"):
+        check_loss(mean, PARAMS.astype(jnp.float64), BATCH[:1])
+    with pytest.raises(TypeError, match="mean loss alone"):
+        check_loss(lambda p, b: {"loss": 0.0}, PARAMS, BATCH)

@@ -1,0 +1,247 @@
+"""The peers' contract, optax/contrib/_common_test.py, for every transformation we ship.
+
+Each row is a factory and its arguments. The objectives are optax's; the loss that the
+learner measures is the objective times 1 + (mean of the batch), so that there is noise.
+"""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax._src.test_utils import log_compilations
+
+import rmtdamp
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+BATCH = np.linspace(-0.5, 0.5, 16, dtype=np.float32)
+
+
+def parabola(dtype):
+    final = jnp.array([1.0, -1.0, 1.0], dtype)
+    return jnp.array([-1.0, 10.0, 1.0], dtype), final, lambda x: jnp.sum((x - final) ** 2)
+
+
+def rosenbrock(dtype):
+    objective = lambda x: (1.0 - x[0]) ** 2 + 100.0 * (x[1] - x[0] ** 2) ** 2
+    return jnp.zeros(2, dtype), jnp.ones(2, dtype), objective
+
+
+def matrix_parabola(dtype):
+    final = jnp.array([[3.0, -2.0], [1.0, 4.0]], dtype)
+    return jnp.zeros((2, 2), dtype), final, lambda x: jnp.sum((x - final) ** 2)
+
+
+def mixed_tensors(dtype):
+    final = (
+        jnp.array([1.0, -1.0, 2.0], dtype),
+        jnp.array([[1.0, 0.0], [-1.0, 1.0]], dtype),
+    )
+    objective = lambda x: sum(jnp.sum((a - b) ** 2) for a, b in zip(x, final, strict=True))
+    return jax.tree.map(jnp.zeros_like, final), final, objective
+
+
+TARGETS = [parabola, rosenbrock, matrix_parabola, mixed_tensors]
+
+
+def loss_of(objective):
+    def loss(params, batch):
+        value = objective(params)
+        return value * (1 + jnp.mean(batch).astype(value.dtype))
+
+    return loss
+
+
+def auto(inner):
+    """A factory with a loss: auto_damping around `inner(learning_rate)`."""
+
+    def factory(learning_rate, loss_fn, every=3):
+        learner = rmtdamp.DampingLearner(loss_fn, floor=1e-4, max_damping=1.0)
+        return rmtdamp.auto_damping(inner(learning_rate), learner, every=every)
+
+    return factory
+
+
+def held(learning_rate: optax.ScalarOrSchedule, damping: float = 1e-3):
+    return rmtdamp.set_damping(rmtdamp.adam_shrinkage(learning_rate), damping)
+
+
+# name: (factory, arguments). A factory with `loss_fn` is a learner and needs a batch.
+TABLE = {
+    "adam_shrinkage": (rmtdamp.adam_shrinkage, {"learning_rate": 1e-2}),
+    "adam_shrinkage, damped": (
+        rmtdamp.adam_shrinkage,
+        {"learning_rate": 1e-1, "damping": 1e-1, "form": "shrinkage"},
+    ),
+    "adamw_shrinkage": (
+        rmtdamp.adamw_shrinkage,
+        {"learning_rate": 1e-2, "damping": 1e-3, "weight_decay": 0.0},
+    ),
+    "with_damping(amsgrad)": (
+        rmtdamp.with_damping(optax.amsgrad),
+        {"learning_rate": 1e-1, "eps": 1e-2},
+    ),
+    "with_damping(rmsprop)": (
+        rmtdamp.with_damping(optax.rmsprop),
+        {"learning_rate": 5e-3, "eps_in_sqrt": False},
+    ),
+    "set_damping": (held, {"learning_rate": 1e-2}),
+    "auto_damping(adam)": (auto(rmtdamp.adam_shrinkage), {"learning_rate": 1e-1}),
+    "auto_damping(amsgrad)": (
+        auto(rmtdamp.with_damping(optax.amsgrad)),
+        {"learning_rate": 1e-1},
+    ),
+    "auto_damping, by hand": (
+        auto(rmtdamp.adam_shrinkage),
+        {"learning_rate": 1e-2, "every": None},
+    ),
+    "auto_adam": (rmtdamp.auto_adam, {"learning_rate": 1e-1, "every": 10}),
+    "auto_adam, shrinkage": (
+        rmtdamp.auto_adam,
+        {
+            "learning_rate": 1e-1,
+            "form": "shrinkage",
+            "rule": rmtdamp.scaled_identity_target,
+        },
+    ),
+}
+every_row = pytest.mark.parametrize("name", TABLE)
+
+
+def build(name, objective, **change):
+    """The transformation of a row, and the extras that its update needs."""
+    factory, arguments = TABLE[name]
+    arguments = arguments | change
+    if "loss_fn" not in inspect.signature(factory).parameters:
+        return factory(**arguments), {}
+    return factory(loss_fn=loss_of(objective), **arguments), {"batch": BATCH}
+
+
+@every_row
+def test_accepts_extra_args_and_compiles_once(name):
+    params, _, objective = rosenbrock(jnp.float32)
+    tx, extras = build(name, objective)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(
+            jax.grad(objective)(params), state, params, unexpected=1, **extras
+        )
+        return optax.apply_updates(params, updates), state
+
+    params, state = step(params, tx.init(params))
+    with log_compilations() as logs:
+        step(params, state)
+    assert not logs
+
+
+@every_row
+@pytest.mark.parametrize("target", TARGETS, ids=lambda f: f.__name__)
+def test_converges_and_maps_params(name, target):
+    params, final, objective = target(jnp.float32)
+    tx, extras = build(name, objective)
+    state = optax.tree.map_params(tx, lambda v: v, tx.init(params))
+
+    @jax.jit
+    def run(params, state):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(
+                jax.grad(objective)(params), state, params, **extras
+            )
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, state), length=30_000)[0]
+
+    params, state = run(params, state)
+    for found, expected in zip(
+        jax.tree.leaves(params), jax.tree.leaves(final), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=3e-2, atol=3e-2)
+
+
+@every_row
+def test_inject_hyperparams(name):
+    objective = lambda params: sum(jnp.sum(x**2) for x in params)
+    params = [-jnp.ones((2, 3)), jnp.ones((2, 5, 2))]
+    grads = [jnp.ones((2, 3)), -jnp.ones((2, 5, 2))]
+    factory, arguments = TABLE[name]
+    tx, extras = build(name, objective)
+    static = {"loss_fn", "rule", "num_microbatches", "num_probes"}
+    static &= set(inspect.signature(factory).parameters)
+    if extras:
+        arguments = arguments | {"loss_fn": loss_of(objective)}
+    injected = optax.inject_hyperparams(factory, static_args=tuple(static))(**arguments)
+
+    def first_step(tx):
+        state = jax.jit(tx.init)(params)
+        return jax.jit(functools.partial(tx.update, **extras))(grads, state, params)
+
+    (updates, state), (injected_updates, injected_state) = map(first_step, (tx, injected))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, injected_updates, updates)
+    jax.tree.map(close, injected_state.inner_state, state)
+
+
+@every_row
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_preserves_dtype_and_accumulates_gradients(name, dtype):
+    objective = lambda x: jnp.sum(x**2)
+    tx, extras = build(name, objective)
+    params = jnp.array([1.0, 2.0], dtype)
+    grads = jax.grad(objective)(params)
+    updates, _ = jax.jit(functools.partial(tx.update, **extras))(
+        grads, jax.jit(tx.init)(params), params
+    )
+    assert updates.dtype == dtype
+
+    multi = optax.MultiSteps(tx, every_k_schedule=4)
+    updates, _ = jax.jit(functools.partial(multi.update, **extras))(
+        grads, jax.jit(multi.init)(params), params
+    )
+    assert updates.dtype == dtype
+    np.testing.assert_array_equal(updates, jnp.zeros_like(params))
+
+
+@every_row
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
+def test_state_keeps_structure_shape_and_dtype(name, dtype):
+    params, _, objective = parabola(dtype)
+    tx, extras = build(name, objective)
+
+    @jax.jit
+    def step(params, state, take):
+        # A conditional refuses branches whose states differ in any of the three.
+        grads = jax.grad(objective)(params)
+        updates, state = jax.lax.cond(
+            take,
+            lambda: tx.update(grads, state, params, **extras),
+            lambda: (params, state),
+        )
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for take in (True, False):
+        params, state = step(params, state, take)
+    assert params.dtype == dtype
+
+
+@every_row
+def test_accepts_a_learning_rate_schedule(name):
+    params, _, objective = parabola(jnp.float32)
+
+    def run(rate):
+        tx, extras = build(name, objective, learning_rate=rate)
+        x, state = params, tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(jax.grad(objective)(x), state, x, **extras)
+            x = optax.apply_updates(x, updates)
+        return x
+
+    np.testing.assert_allclose(
+        run(optax.constant_schedule(1e-3)), run(1e-3), rtol=1e-6
+    )
