@@ -45,7 +45,7 @@ def norm(x: Params) -> jax.Array:
 
 def scale(factor: jax.Array, x: Params) -> Params:
     """`factor` times `x`, each leaf in its own dtype."""
-    return jax.tree.map(lambda a: (a * factor.astype(a.dtype)), x)
+    return jax.tree.map(lambda a: a * factor.astype(a.dtype), x)
 
 
 def random_like(key: Key, like: Params, sampler) -> Params:
@@ -57,10 +57,13 @@ def random_like(key: Key, like: Params, sampler) -> Params:
 
 
 def aligned(vector: Params, params: Params) -> Params:
-    """`vector` in the tree structure and dtypes of `params`.
+    """Bring a vector into the tree structure and dtypes of `params`.
 
     Structures are compared leaf by leaf, not by treedef: `flax.nnx` hands out the same
     params once as variables and once as arrays.
+
+    Returns:
+        The same numbers, a pytree like `params`.
 
     Raises:
         ValueError: the leaves differ in number or shape.
@@ -110,6 +113,9 @@ def check_params(params: Params) -> None:
 
 def num_examples(batch: Batch, name: str = "batch") -> int:
     """The length of the leading axis that all leaves of `batch` share.
+
+    Returns:
+        The number of examples, at least 1.
 
     Raises:
         ValueError: no leaves, a leaf without axes, unequal leading axes, or no example.

@@ -20,7 +20,7 @@ rate.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +48,8 @@ class Shrinkage(NamedTuple):
 DampingRule = Callable[[HessianMoments], Shrinkage]
 
 
-def shrinkage_from_damping(damping, target=1.0):
-    """beta = 1 / (1 + delta/tau), the shrinkage that a damping amounts to (eq. 13).
+def shrinkage_from_damping(damping: Any, target: Any = 1.0) -> Any:
+    """Beta = 1 / (1 + delta/tau), the shrinkage that a damping amounts to (eq. 13).
 
     Args:
         damping: delta >= 0, in the unit of `target`; a number or an array.
@@ -67,7 +67,7 @@ def shrinkage_from_damping(damping, target=1.0):
     return 1 / (1 + damping / target)
 
 
-def damping_weight(damping, target=1.0):
+def damping_weight(damping: Any, target: Any = 1.0) -> Any:
     """1 - beta = (delta/tau) / (1 + delta/tau), the weight of the target (eq. 13).
 
     In float32 the difference 1 - beta loses every damping below 6e-8; this form does
@@ -89,8 +89,8 @@ def damping_weight(damping, target=1.0):
     return ratio / (1 + ratio)
 
 
-def damping_from_shrinkage(shrinkage, target=1.0):
-    """delta = tau (1 - beta) / beta, the inverse of `shrinkage_from_damping` (eq. 13).
+def damping_from_shrinkage(shrinkage: Any, target: Any = 1.0) -> Any:
+    """Delta = tau (1 - beta) / beta, the inverse of `shrinkage_from_damping` (eq. 13).
 
     Args:
         shrinkage: beta in (0, 1]; a number or an array. In float32 a beta that rounds
@@ -162,7 +162,9 @@ def scaled_identity_target(moments: HessianMoments) -> Shrinkage:
     """
     nu, d2 = moments.mean, moments.dispersion
     signal = d2 > 0
-    damping = jnp.where(signal, nu * moments.variance / jnp.where(signal, d2, 1), jnp.inf)
+    damping = jnp.where(
+        signal, nu * moments.variance / jnp.where(signal, d2, 1), jnp.inf
+    )
     return Shrinkage(jnp.where(nu > 0, damping, jnp.nan), nu)
 
 
@@ -263,8 +265,7 @@ def learn_damping(
         average_variance=m,
         last_refresh=like(step, learned.last_refresh),
         refresh_attempts=learned.refresh_attempts + 1,
-        refresh_rejections=learned.refresh_rejections
-        + (~accepted).astype(jnp.int32),
+        refresh_rejections=learned.refresh_rejections + (~accepted).astype(jnp.int32),
         refresh_caps=learned.refresh_caps + capped.astype(jnp.int32),
     )
 

@@ -13,7 +13,9 @@ def quadratic_loss(params, batch):
 def symmetric(key, count, size, mean=0.0, dtype=jnp.float64):
     """`count` independent symmetric Gaussian matrices around mean * I."""
     draws = jax.random.normal(key, (count, size, size), dtype)
-    return (draws + jnp.swapaxes(draws, 1, 2)) / 2 + mean * jnp.eye(size, dtype=dtype)[None]
+    return (draws + jnp.swapaxes(draws, 1, 2)) / 2 + mean * jnp.eye(size, dtype=dtype)[
+        None
+    ]
 
 
 def mlp(key, sizes=(4, 8, 6), dtype=jnp.float64):

@@ -1,4 +1,4 @@
-"""Adam with shrinkage against optax's own optimisers, to the last bit, and its limits."""
+"""Adam with shrinkage: optax, to the last bit; both forms; its limits."""
 
 import chex
 import jax
@@ -80,7 +80,9 @@ def test_forms_agree_as_algebra_says():
                 scale_by_adam_shrinkage(damping=d, form=form, target=t), grads
             )
             ratio = 1 + damping / target
-            np.testing.assert_allclose(of("shrinkage"), of("damping") * ratio, rtol=1e-14)
+            np.testing.assert_allclose(
+                of("shrinkage"), of("damping") * ratio, rtol=1e-14
+            )
             # and the shrinkage form is m / (beta s + (1 - beta) tau) itself
             beta = rmtdamp.shrinkage_from_damping(damping, target)
             weight = rmtdamp.damping.damping_weight(damping, target)
@@ -96,7 +98,7 @@ def test_no_zero_over_zero_at_small_damping(form):
 
 
 def test_large_damping_is_momentum_sgd():
-    """m_hat / delta: the direction of bias-corrected momentum; shrinkage: m_hat / tau."""
+    """Bias-corrected momentum over delta; in the shrinkage form over tau."""
     grads = jax.random.normal(jax.random.key(0), (5, 50), jnp.float64)
     directions = {}
     for name, tx in {

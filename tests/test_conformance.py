@@ -23,7 +23,11 @@ BATCH = np.linspace(-0.5, 0.5, 16, dtype=np.float32)
 
 def parabola(dtype):
     final = jnp.array([1.0, -1.0, 1.0], dtype)
-    return jnp.array([-1.0, 10.0, 1.0], dtype), final, lambda x: jnp.sum((x - final) ** 2)
+    return (
+        jnp.array([-1.0, 10.0, 1.0], dtype),
+        final,
+        lambda x: jnp.sum((x - final) ** 2),
+    )
 
 
 def rosenbrock(dtype):
@@ -41,7 +45,9 @@ def mixed_tensors(dtype):
         jnp.array([1.0, -1.0, 2.0], dtype),
         jnp.array([[1.0, 0.0], [-1.0, 1.0]], dtype),
     )
-    objective = lambda x: sum(jnp.sum((a - b) ** 2) for a, b in zip(x, final, strict=True))
+    objective = lambda x: sum(
+        jnp.sum((a - b) ** 2) for a, b in zip(x, final, strict=True)
+    )
     return jax.tree.map(jnp.zeros_like, final), final, objective
 
 
@@ -181,7 +187,9 @@ def test_inject_hyperparams(name):
         state = jax.jit(tx.init)(params)
         return jax.jit(functools.partial(tx.update, **extras))(grads, state, params)
 
-    (updates, state), (injected_updates, injected_state) = map(first_step, (tx, injected))
+    (updates, state), (injected_updates, injected_state) = map(
+        first_step, (tx, injected)
+    )
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     jax.tree.map(close, injected_updates, updates)
     jax.tree.map(close, injected_state.inner_state, state)
@@ -242,6 +250,4 @@ def test_accepts_a_learning_rate_schedule(name):
             x = optax.apply_updates(x, updates)
         return x
 
-    np.testing.assert_allclose(
-        run(optax.constant_schedule(1e-3)), run(1e-3), rtol=1e-6
-    )
+    np.testing.assert_allclose(run(optax.constant_schedule(1e-3)), run(1e-3), rtol=1e-6)

@@ -93,8 +93,8 @@ def wigner_plus_low_rank(key, p, noise, mean):
     [(identity_target, 1.0, 1e-3), (scaled_identity_target, None, 0.05)],
 )
 def test_rules_minimise_the_error_they_are_derived_from(rule, target, mean):
-    """||beta H + (1 - beta) tau I - H_true||_F over a grid of beta: the rule's beta, from
-    the true moments, is the minimiser (for eq. 15 to leading order in the rank)."""
+    """||beta H + (1 - beta) tau I - H_true||_F over a grid of beta: the rule's beta,
+    from the true moments, is the minimiser (eq. 15 to leading order in the rank)."""
     p, noise = 400, 0.3
     true, wigner = wigner_plus_low_rank(jax.random.key(0), p, noise, mean)
     nu = jnp.trace(true) / p
@@ -131,7 +131,11 @@ def test_rules_from_measured_moments_of_wigner_noise():
         jax.random.split(jax.random.key(1), count)
     )
     measured = moments(
-        quadratic_loss, jnp.ones(p), true[None] + draws, jax.random.key(2), num_probes=64
+        quadratic_loss,
+        jnp.ones(p),
+        true[None] + draws,
+        jax.random.key(2),
+        num_probes=64,
     )
     # P^-1 Tr E[X^2] / B: off-diagonal variance s^2/p, twice that on the diagonal.
     variance = noise**2 * (p + 1) / p / count
@@ -221,7 +225,9 @@ def test_cap_is_met_and_counted():
 
 def test_a_rule_of_ones_own():
     rule = lambda moments: Shrinkage(jnp.sqrt(moments.variance), 2.0)
-    after = learn(initial_damping(0.0, jnp.float32), 0.0, 1.0, 4.0, rule=rule, floor=0.0)
+    after = learn(
+        initial_damping(0.0, jnp.float32), 0.0, 1.0, 4.0, rule=rule, floor=0.0
+    )
     assert after.damping == 2.0
     assert after.damping_target == 2.0
 
@@ -244,9 +250,11 @@ def test_curvature_ratio_limits():
 def test_stable_learning_rate_is_where_a_quadratic_begins_to_diverge(
     momentum, averaged
 ):
-    """Spectral radius of the recursion: below 1 just under the bound, above just over."""
+    """Spectral radius of the recursion: below 1 under the bound, above 1 over it."""
     eigenvalue = 3.0
-    bound = float(stable_learning_rate(eigenvalue, momentum=momentum, averaged=averaged))
+    bound = float(
+        stable_learning_rate(eigenvalue, momentum=momentum, averaged=averaged)
+    )
 
     def radius(rate):
         gain = (1 - momentum) if averaged else 1.0

@@ -109,9 +109,7 @@ def test_batch_size_rescales_the_variance_alone():
     )
     chex.assert_trees_all_close(at(None), at(32))
     chex.assert_trees_all_close(at(128).variance, at(32).variance / 4)
-    chex.assert_trees_all_close(
-        at(128).microbatch_stderr, at(32).microbatch_stderr / 4
-    )
+    chex.assert_trees_all_close(at(128).microbatch_stderr, at(32).microbatch_stderr / 4)
     chex.assert_trees_all_close(at(128)[:2], at(32)[:2])
 
 

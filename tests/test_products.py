@@ -112,11 +112,12 @@ def test_precision_reaches_the_loss():
 )
 @pytest.mark.parametrize("product", ["hvp", "hessian_matvec"])
 def test_wrong_vector(product, vector, message):
+    if product == "hvp":
+        matvec = lambda v: hvp(mlp_loss, PARAMS, BATCH, v)
+    else:
+        matvec = hessian_matvec(mlp_loss, PARAMS, BATCH)
     with pytest.raises(ValueError, match=message):
-        if product == "hvp":
-            hvp(mlp_loss, PARAMS, BATCH, vector)
-        else:
-            hessian_matvec(mlp_loss, PARAMS, BATCH)(vector)
+        matvec(vector)
 
 
 @pytest.mark.parametrize("product", [hvp, hessian_matvec])

@@ -43,16 +43,19 @@ def load_digits() -> Dataset:
     """Scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; comes with it."""
     from sklearn.datasets import load_digits as bundled
 
-    digits = bundled()
-    order = np.random.default_rng(0).permutation(len(digits.target))
-    images, labels = digits.images[order], digits.target[order]
+    images, labels = bundled(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    images, labels = images[order], labels[order]
     return _prepare(
         "digits", (images[:1280], labels[:1280]), (images[1280:], labels[1280:])
     )
 
 
 def read_idx(path: pathlib.Path) -> np.ndarray:
-    """An array of unsigned bytes from an idx file, gzipped or not.
+    """Read an idx file of unsigned bytes, gzipped or not.
+
+    Returns:
+        The array, uint8.
 
     Raises:
         DataError: the file is missing, damaged, or not of that format.
@@ -82,6 +85,9 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
 
 def load_idx(folder: pathlib.Path) -> Dataset:
     """MNIST, Fashion-MNIST or anything in their format: four idx files, .gz or not.
+
+    Returns:
+        The data set, named after the folder.
 
     Raises:
         DataError: a file is missing, damaged, or disagrees with its partner.

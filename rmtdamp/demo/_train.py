@@ -1,6 +1,7 @@
 """One training run: a Flax network, an optax transformation, a record per epoch."""
 
 import functools
+import itertools
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -57,8 +58,7 @@ class Classifier(nnx.Module):
 
     def __init__(self, sizes: tuple[int, ...], rngs: nnx.Rngs):
         self.layers = nnx.List(
-            nnx.Linear(m, n, rngs=rngs)
-            for m, n in zip(sizes[:-1], sizes[1:], strict=True)
+            nnx.Linear(m, n, rngs=rngs) for m, n in itertools.pairwise(sizes)
         )
 
     def __call__(self, x):
@@ -96,7 +96,9 @@ def _functions(sizes):
 @functools.cache
 def transformation(method: str, settings: Settings, loss_fn, total_steps: int):
     """The optimiser that a method's name stands for; one object, compiled once."""
-    return optax.with_extra_args_support(_optimiser(method, settings, loss_fn, total_steps))
+    return optax.with_extra_args_support(
+        _optimiser(method, settings, loss_fn, total_steps)
+    )
 
 
 def _optimiser(method, settings, loss_fn, total_steps):
@@ -140,6 +142,12 @@ def _evaluate(predict, params, data):
     return jnp.mean(losses), jnp.mean(jnp.argmax(logits, axis=1) == data[1])
 
 
+def _scalar(opt_state, name) -> float | None:
+    """A number of the optimiser's state, None where it keeps none of that name."""
+    value = optax.tree.get(opt_state, name)
+    return None if value is None else float(value)
+
+
 def train(
     data: Dataset, method: str, settings: Settings, seed: int
 ) -> Iterator[Record]:
@@ -163,13 +171,11 @@ def train(
             _train_epoch(tx, loss_fn, params, opt_state, train_data, order)
         )
         seconds = time.perf_counter() - start
-        number = lambda name: optax.tree.get(opt_state, name)
-        scalar = lambda x: None if x is None else float(x)
         yield Record(
             epoch,
             *map(float, _evaluate(predict, params, train_data)),
             *map(float, _evaluate(predict, params, test_data)),
-            damping=scalar(number("damping")),
-            measured_variance=scalar(number("measured_variance")),
+            damping=_scalar(opt_state, "damping"),
+            measured_variance=_scalar(opt_state, "measured_variance"),
             steps_per_second=num_batches / seconds,
         )

@@ -7,7 +7,7 @@
 | `hvp`, `hessian_matvec` | H v once, or many times at one point |
 | `moments` | nu, P^-1 Tr H^2 and the variance m of eq. 15, with its standard error |
 | `largest_eigenvalue` | the curvature that bounds the learning rate |
-| `check_loss` | is the loss the mean over independent examples that `moments` assumes? |
+| `check_loss` | is the loss a mean over independent examples, as `moments` assumes? |
 
 Vectors are pytrees like `params`; nothing is flattened. Needs JAX only.
 """

@@ -44,8 +44,12 @@ def check_loss(
     Example:
         >>> import jax.numpy as jnp
         >>> from rmtdamp import check_loss
-        >>> check_loss(lambda w, x: jnp.mean((x @ w) ** 2), jnp.ones(3), jnp.ones((4, 3)))
-        >>> check_loss(lambda w, x: jnp.sum((x @ w) ** 2), jnp.ones(3), jnp.ones((4, 3)))
+        >>> check_loss(
+        ...     lambda w, x: jnp.mean((x @ w) ** 2), jnp.ones(3), jnp.ones((4, 3))
+        ... )
+        >>> check_loss(
+        ...     lambda w, x: jnp.sum((x @ w) ** 2), jnp.ones(3), jnp.ones((4, 3))
+        ... )
         Traceback (most recent call last):
             ...
         ValueError: loss_fn sums over the batch: ...
@@ -81,7 +85,7 @@ def check_loss(
                 f"{halves:.6g} on average for {half}; return the mean, jnp.mean(losses)"
             )
         raise ValueError(
-            f"loss_fn is not a mean over examples: {whole:.6g} for {2 * half} examples, "
+            f"loss_fn is not a mean over examples: {whole:.6g} for {2 * half} of them, "
             f"{halves:.6g} on average for their halves. Batch statistics (BatchNorm in "
             "training mode: use the running averages) or weights normalised over the "
             "batch (a mean over tokens: divide by a constant) couple the examples"

@@ -93,8 +93,8 @@ def _spread(products: Params, dtype) -> tuple[Params, jax.Array]:
     deviation = lambda y, mu: jnp.sum(
         jnp.square(y.astype(dtype) - mu[None]), axis=tuple(range(1, y.ndim))
     )
-    rows = jax.tree.map(deviation, products, mean)
-    return mean, sum(jax.tree.leaves(rows))
+    rows = jax.tree.leaves(jax.tree.map(deviation, products, mean))
+    return mean, jnp.sum(jnp.stack(rows), axis=0)
 
 
 @functools.partial(

@@ -8,6 +8,7 @@ out is the algebraically largest eigenvalue, the one that bounds the learning ra
 from typing import NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from rmtdamp._tree import (
@@ -38,17 +39,17 @@ def _step(matvec, root, shift, vector):
     if root is not None:
         product = jax.tree.map(jnp.multiply, root, product)
     theta = vdot(x, product)
-    residual = norm(jax.tree.map(lambda y, a: y - theta.astype(a.dtype) * a, product, x))
+    residual = norm(
+        jax.tree.map(lambda y, a: y - theta.astype(a.dtype) * a, product, x)
+    )
     shifted = jax.tree.map(lambda y, a: y + shift.astype(a.dtype) * a, product, x)
     return shifted, Eigenvalue(theta, residual, x)
 
 
 def _iterate(matvec, root, shift, vector, num_steps):
-    """`num_steps` products: from Python if nothing is traced, else in the graph.
-
-    XLA:CPU runs convolutions inside a loop some thirty times slower, and an eager loop
-    of compiled steps never waits for the device.
-    """
+    """`num_steps` products: from Python if nothing is traced, else in the graph."""
+    # XLA:CPU runs convolutions inside a loop some thirty times slower, and an eager
+    # loop of compiled steps never waits for the device.
     vector, eigenvalue = _step(matvec, root, shift, vector)
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((matvec, vector))):
         body = lambda _, carry: _step(matvec, root, shift, carry[0])
@@ -109,9 +110,7 @@ def largest_eigenvalue(
         raise ValueError(f"num_steps is {num_steps}, and at least 2 are needed")
     root = None
     if preconditioner is not None:
-        root = jax.tree.map(
-            lambda d: 1 / jnp.sqrt(d), aligned(preconditioner, like)
-        )
+        root = jax.tree.map(lambda d: 1 / jnp.sqrt(d), aligned(preconditioner, like))
     if not isinstance(matvec, jax.tree_util.Partial):
         matvec = jax.tree_util.Partial(matvec)
     zero = jnp.zeros((), accumulation_dtype(like))

@@ -16,11 +16,13 @@ from ._adam import (
     with_damping as with_damping,
 )
 from ._auto import (
-    AutoDampingState as AutoDampingState,
-    SetDampingState as SetDampingState,
-    auto_adam as auto_adam,
     auto_damping as auto_damping,
     refresh_damping as refresh_damping,
+)
+from ._auto_adam import auto_adam as auto_adam
+from ._learner import DampingLearner as DampingLearner
+from ._owner import (
+    AutoDampingState as AutoDampingState,
+    SetDampingState as SetDampingState,
     set_damping as set_damping,
 )
-from ._learner import DampingLearner as DampingLearner

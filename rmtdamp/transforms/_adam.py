@@ -27,11 +27,9 @@ def _cast_like(tree, like):
 
 
 def _update_damped(factory, damping, updates, state, params, extra_args):
-    """The update of `factory(damping)`, in the dtypes of what went in.
-
-    A traced damping is a float32 scalar, which standard promotion lets win over
-    bfloat16 and float16: the division is done in float32 and rounded once at the end.
-    """
+    """The update of `factory(damping)`, in the dtypes of what went in."""
+    # A traced damping is a float32 scalar, which standard promotion lets win over
+    # bfloat16 and float16: the division is in float32 and is rounded once, at the end.
     with jax.numpy_dtype_promotion("standard"):
         inner = optax.with_extra_args_support(factory(damping))
         new, new_state = inner.update(updates, state, params, **extra_args)
@@ -241,9 +239,15 @@ def adam_shrinkage(
     """
     return optax.chain(
         scale_by_adam_shrinkage(
-            b1, b2, damping, eps_root, mu_dtype,
-            nesterov=nesterov, form=form, target=target,
-        ),  # fmt: skip
+            b1,
+            b2,
+            damping,
+            eps_root,
+            mu_dtype,
+            nesterov=nesterov,
+            form=form,
+            target=target,
+        ),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -255,7 +259,7 @@ def adamw_shrinkage(
     damping: optax.ScalarOrSchedule = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
     mu_dtype: Any = None,
-    weight_decay: jax.typing.ArrayLike = 1e-4,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
     mask: Any = None,
     *,
     nesterov: bool = False,
@@ -296,9 +300,15 @@ def adamw_shrinkage(
     """
     return optax.chain(
         scale_by_adam_shrinkage(
-            b1, b2, damping, eps_root, mu_dtype,
-            nesterov=nesterov, form=form, target=target,
-        ),  # fmt: skip
+            b1,
+            b2,
+            damping,
+            eps_root,
+            mu_dtype,
+            nesterov=nesterov,
+            form=form,
+            target=target,
+        ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -1,93 +1,24 @@
-"""The owners of a damping: `auto_damping` learns it, `set_damping` holds it.
-
-An owner keeps the damping in its state and hands it to the transformation inside it as
-the extra arguments `damping` and `damping_target`. There is one owner in a chain.
-"""
+"""auto_damping: the owner that learns; and its by-hand twin, refresh_damping."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from rmtdamp._tree import accumulation_dtype, check_params, num_examples
+from rmtdamp._tree import check_params, num_examples
 from rmtdamp._types import Batch, LossFn, Params
-from rmtdamp.damping import DampingRule, LearnedDamping, identity_target
 
-from ._adam import Form, scale_by_adam_shrinkage
 from ._learner import DampingLearner
-
-
-class AutoDampingState(NamedTuple):
-    """State of `auto_damping`."""
-
-    count: jax.Array  # (), int32, steps taken
-    learned: LearnedDamping  # scalars; changes when the damping is refreshed
-    inner_state: Any  # of the transformation inside
-
-
-class SetDampingState(NamedTuple):
-    """State of `set_damping`."""
-
-    count: jax.Array  # (), int32, steps taken
-    damping: jax.Array  # (), delta that the last step used
-    damping_target: jax.Array  # (), tau
-    inner_state: Any  # of the transformation inside
-
-
-def _is_owner(node) -> bool:
-    return isinstance(node, AutoDampingState | SetDampingState)
-
-
-def _owners(state) -> list:
-    leaves = jax.tree.leaves(state, is_leaf=_is_owner)
-    return [leaf for leaf in leaves if _is_owner(leaf)]
-
-
-def _check_inside(inner_state) -> None:
-    if _owners(inner_state):
-        raise ValueError(
-            "two owners of the damping in one chain: the transformation inside already "
-            "holds one (auto_damping or set_damping); keep one of the two"
-        )
-
-
-def _check_no_outer_owner(extra_args) -> None:
-    if "damping" in extra_args:
-        raise ValueError(
-            "two owners of the damping in one chain: this transformation owns it and "
-            "was handed another from outside; keep one auto_damping or set_damping, "
-            "and do not pass damping= to update"
-        )
-
-
-def _check_whole(params, name) -> None:
-    is_hole = lambda x: isinstance(x, optax.MaskedNode)
-    if any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
-        raise ValueError(
-            f"{name} got params with holes, as inside optax.masked or "
-            "optax.partition, where the loss cannot be evaluated: put the mask inside, "
-            f"{name}(optax.masked(inner, mask), ...)"
-        )
-
-
-def _check_uses_damping(inner, updates, state, params, damping, extra_args) -> None:
-    """Refuse an inner transformation whose result does not depend on the damping."""
-    if not jax.tree.leaves(updates):
-        return
-    traced = jax.make_jaxpr(
-        lambda d: inner.update(updates, state, params, damping=d, **extra_args)
-    )(damping).jaxpr
-    (argument,) = traced.invars
-    if not any(argument is x for equation in traced.eqns for x in equation.invars):
-        raise ValueError(
-            "the transformation inside ignores `damping`, so setting or learning one "
-            "would change nothing: take one that uses it (scale_by_adam_shrinkage, "
-            "adam_shrinkage), or wrap an optax factory, "
-            "with_damping(optax.adam)(learning_rate)"
-        )
+from ._owner import (
+    AutoDampingState,
+    check_inside,
+    check_no_outer_owner,
+    check_uses_damping,
+    check_whole,
+    is_owner,
+    owners,
+)
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")
@@ -185,9 +116,9 @@ def auto_damping(
     checked = False
 
     def init(params):
-        _check_whole(params, "auto_damping")
+        check_whole(params, "auto_damping")
         inner_state = inner.init(params)
-        _check_inside(inner_state)
+        check_inside(inner_state)
         return AutoDampingState(
             count=jnp.zeros((), jnp.int32),
             learned=learner.init(params),
@@ -205,13 +136,13 @@ def auto_damping(
         **extra_args,
     ):
         nonlocal checked
-        _check_no_outer_owner(extra_args)
+        check_no_outer_owner(extra_args)
         if params is None:
             raise ValueError(
                 "auto_damping needs params, where it measures the curvature: "
                 "tx.update(grads, state, params, batch=batch)"
             )
-        _check_whole(params, "auto_damping")
+        check_whole(params, "auto_damping")
         learned = state.learned
         if every is not None and jax.tree.leaves(params):
             check_params(params)
@@ -235,7 +166,7 @@ def auto_damping(
         extra_args |= {name: x for name, x in given.items() if x is not None}
         extra_args |= {"loss_args": loss_args, "damping_target": learned.damping_target}
         if not checked:
-            _check_uses_damping(
+            check_uses_damping(
                 inner, updates, state.inner_state, params, learned.damping, extra_args
             )
             checked = True
@@ -295,7 +226,7 @@ def refresh_damping(
     """
     if not isinstance(learner, DampingLearner):
         learner = DampingLearner(learner)
-    found = [x for x in _owners(opt_state) if isinstance(x, AutoDampingState)]
+    found = [x for x in owners(opt_state) if isinstance(x, AutoDampingState)]
     if len(found) != 1:
         raise ValueError(
             f"opt_state holds {len(found)} auto_damping states, and refresh_damping "
@@ -310,164 +241,5 @@ def refresh_damping(
     )
     refreshed = state._replace(learned=learned)
     return jax.tree.map(
-        lambda x: refreshed if x is state else x, opt_state, is_leaf=_is_owner
-    )
-
-
-def set_damping(
-    inner: optax.GradientTransformation,
-    damping: optax.ScalarOrSchedule,
-    *,
-    target: jax.typing.ArrayLike = 1.0,
-) -> optax.GradientTransformationExtraArgs:
-    """Hold the damping of a transformation at a constant, or let it follow a schedule.
-
-    The same seat as `auto_damping`, without a learner: the damping in force is in the
-    state (`optax.tree.get(opt_state, "damping")`) and travels inward.
-
-    Args:
-        inner: a transformation whose `update` uses the extra argument `damping`.
-        damping: delta, a number or a schedule of the step, in the unit of `inner`.
-        target: tau, for transformations with a shrinkage form.
-
-    Returns:
-        A gradient transformation.
-
-    Raises:
-        ValueError: a second owner of the damping, an inner transformation that ignores
-            `damping`, or a negative number.
-
-    Example:
-        >>> import jax.numpy as jnp, optax
-        >>> import rmtdamp
-        >>> warm = optax.linear_schedule(1.0, 1e-3, transition_steps=100)
-        >>> tx = rmtdamp.set_damping(rmtdamp.adam_shrinkage(1e-3), warm)
-        >>> params = jnp.zeros(2)
-        >>> updates, state = tx.update(jnp.ones(2), tx.init(params), params)
-        >>> print(optax.tree.get(state, "damping"))
-        1.0
-    """
-    if isinstance(damping, int | float) and damping < 0:
-        raise ValueError(f"damping is {damping}, and must be at least 0")
-    inner = optax.with_extra_args_support(inner)
-    checked = False
-
-    def at(count):
-        return damping(count) if callable(damping) else damping
-
-    def init(params):
-        inner_state = inner.init(params)
-        _check_inside(inner_state)
-        dtype = accumulation_dtype(params)
-        count = jnp.zeros((), jnp.int32)
-        return SetDampingState(
-            count=count,
-            damping=jnp.asarray(at(count), dtype),
-            damping_target=jnp.asarray(target, dtype),
-            inner_state=inner_state,
-        )
-
-    def update(updates, state, params=None, **extra_args):
-        nonlocal checked
-        _check_no_outer_owner(extra_args)
-        value = jnp.asarray(at(state.count)).astype(state.damping.dtype)
-        extra_args["damping_target"] = state.damping_target
-        if not checked:
-            _check_uses_damping(
-                inner, updates, state.inner_state, params, value, extra_args
-            )
-            checked = True
-        updates, inner_state = inner.update(
-            updates, state.inner_state, params, damping=value, **extra_args
-        )
-        return updates, SetDampingState(
-            count=optax.safe_increment(state.count),
-            damping=value,
-            damping_target=state.damping_target,
-            inner_state=inner_state,
-        )
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def auto_adam(
-    learning_rate: optax.ScalarOrSchedule,
-    loss_fn: LossFn,
-    b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.999,
-    *,
-    every: int | None = 100,
-    floor: jax.typing.ArrayLike = 1e-4,
-    decay: jax.typing.ArrayLike = 0.7,
-    rule: DampingRule = identity_target,
-    num_microbatches: int = 8,
-    num_probes: int = 1,
-    max_damping: jax.typing.ArrayLike = 1.0,
-    seed: jax.typing.ArrayLike = 0,
-    form: Form = "damping",
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    mask: Any | Callable[[Params], Any] | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Adam with shrinkage whose damping is learned: the one-liner.
-
-    `chain(auto_damping(scale_by_adam_shrinkage(...), DampingLearner(...)),
-    add_decayed_weights, scale_by_learning_rate)`. `update` needs `params` and
-    `batch=batch`. Write the chain yourself for anything that has no argument here.
-
-    Args:
-        learning_rate: alpha, a number or a schedule.
-        loss_fn: `loss_fn(params, batch, *loss_args) -> scalar`, the mean loss.
-        b1: decay of the first moment.
-        b2: decay of the second moment.
-        every: steps between refreshes; None: by `refresh_damping` alone, for which
-            `DampingLearner(loss_fn, ...)` takes the learner's arguments.
-        floor: damping before the first measurement, and added to each.
-        decay: weight of the past in the averages.
-        rule: `identity_target`, `scaled_identity_target`, or your own.
-        num_microbatches: microbatches that a batch is cut into.
-        num_probes: probes to average in a refresh.
-        max_damping: upper bound of the damping.
-        seed: of the probes.
-        form: "damping" or "shrinkage".
-        weight_decay: decoupled, multiplied by the learning rate, as in `optax.adamw`.
-        mask: which params decay: a tree of bools or a function that makes one.
-
-    Returns:
-        A gradient transformation. Under `optax.inject_hyperparams` name `loss_fn`,
-        `rule`, `num_microbatches` and `num_probes` in `static_args`.
-
-    Raises:
-        ValueError: a number out of its range; see `auto_damping` for `update`.
-        TypeError: `loss_fn` or `rule` is not callable.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, optax
-        >>> import rmtdamp
-        >>> def loss_fn(params, batch):
-        ...     return jnp.mean((batch @ params - 1.0) ** 2)
-        >>> tx = rmtdamp.auto_adam(1e-2, loss_fn)
-        >>> params, batch = jnp.zeros(4), jnp.eye(4)
-        >>> state = tx.init(params)
-        >>> grads = jax.grad(loss_fn)(params, batch)
-        >>> updates, state = tx.update(grads, state, params, batch=batch)
-
-    References:
-        Granziol and Baskerville, section 7.3.
-    """
-    learner = DampingLearner(
-        loss_fn,
-        floor=floor,
-        decay=decay,
-        rule=rule,
-        num_microbatches=num_microbatches,
-        num_probes=num_probes,
-        max_damping=max_damping,
-        seed=seed,
-    )
-    return optax.chain(
-        auto_damping(
-            scale_by_adam_shrinkage(b1, b2, form=form), learner, every=every
-        ),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        lambda x: refreshed if x is state else x, opt_state, is_leaf=is_owner
     )

@@ -102,6 +102,9 @@ class DampingLearner:
         A batch that `num_microbatches` does not divide is measured on the largest part
         that it does divide; one smaller than `num_microbatches` gives microbatches of
         one example, and a single example changes nothing.
+
+        Returns:
+            The state after the refresh.
         """
         count = num_examples(batch)
         num = min(self.num_microbatches, count)

@@ -1,4 +1,7 @@
-"""JAX at its strictest: what is sloppy fails here rather than at a user's."""
+"""JAX at its strictest in the tests, and at a user's settings in the examples.
+
+What is sloppy fails here rather than at a user's. Four CPU devices stand in for a mesh.
+"""
 
 import hypothesis
 import jax
@@ -20,4 +23,14 @@ hypothesis.settings.load_profile("rmtdamp")
 def standard_promotion():
     """Optax itself relies on implicit promotion; our own code does not."""
     with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_a_user(request):
+    """Docstring examples run as they would in a user's session."""
+    if not isinstance(request.node, pytest.DoctestItem):
+        yield
+        return
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
         yield

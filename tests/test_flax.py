@@ -1,0 +1,182 @@
+"""Flax with BatchNorm and Dropout: fresh state, evaluation mode, checkpoints."""
+
+import chex
+import flax.linen as nn
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import rmtdamp
+import rmtdamp.flax
+from rmtdamp import DampingLearner
+from rmtdamp.hessian import moments
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def cross_entropy(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+BATCH = (
+    3 + jax.random.normal(jax.random.key(0), (32, 4), jnp.float32),
+    jnp.arange(32) % 3,
+)
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(4, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.out = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(self.dropout(nnx.relu(self.norm(self.dense(x)))))
+
+
+def nnx_loss(model, batch):
+    return cross_entropy(model(batch[0]), batch[1])
+
+
+@nnx.jit
+def nnx_step(model, optimizer, batch):
+    grads = nnx.grad(nnx_loss)(model, batch)
+    state = rmtdamp.flax.loss_args(model)
+    optimizer.update(model, grads, batch=batch, loss_args=state)
+
+
+def nnx_training(**options):
+    model = Model(nnx.Rngs(0))
+    loss_fn = rmtdamp.flax.curvature_loss(model, nnx_loss)
+    learner = DampingLearner(loss_fn, floor=1e-3)
+    adam = rmtdamp.adam_shrinkage(1e-2)
+    tx = rmtdamp.auto_damping(adam, learner, **options)
+    return model, nnx.Optimizer(model, tx, wrt=nnx.Param), learner
+
+
+def value(optimizer, name):
+    return np.asarray(optax.tree.get(optimizer.opt_state, name)[...])
+
+
+def test_curvature_loss_is_a_mean_and_the_training_loss_is_not():
+    model, _, learner = nnx_training()
+    params = nnx.state(model, nnx.Param)
+    args = rmtdamp.flax.loss_args(model)
+    rmtdamp.check_loss(learner.loss_fn, params, BATCH, loss_args=args)
+
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    training = lambda p, b, r: nnx_loss(nnx.merge(graphdef, p, r, copy=True), b)
+    with pytest.raises(ValueError, match=r"depends on the order|not a mean"):
+        rmtdamp.check_loss(training, params, BATCH, loss_args=(rest,))
+    assert not model.norm.use_running_average
+
+
+def test_nnx_measures_at_the_statistics_of_the_moment():
+    model, optimizer, learner = nnx_training(every=1)
+    nnx_step(model, optimizer, BATCH)
+    before = jax.tree.map(jnp.copy, nnx.as_pure(nnx.state(model, nnx.Param)))
+    nnx_step(model, optimizer, BATCH)
+    # The second measurement: params before the step, running averages during it.
+    expected = moments(
+        learner.loss_fn,
+        before,
+        BATCH,
+        jax.random.fold_in(jax.random.key(0), 1),
+        loss_args=nnx.as_pure(rmtdamp.flax.loss_args(model)),
+    )
+    np.testing.assert_allclose(
+        value(optimizer, "measured_variance"), expected.variance, rtol=1e-4
+    )
+    frozen = moments(
+        learner.loss_fn,
+        before,
+        BATCH,
+        jax.random.fold_in(jax.random.key(0), 1),
+        loss_args=nnx.as_pure(rmtdamp.flax.loss_args(Model(nnx.Rngs(0)))),
+    )
+    assert abs(frozen.variance / expected.variance - 1) > 5e-3
+
+
+def test_nnx_refresh_by_hand():
+    model, optimizer, learner = nnx_training(every=None)
+    nnx_step(model, optimizer, BATCH)
+    assert value(optimizer, "refresh_attempts") == 0
+    rmtdamp.flax.refresh_damping(optimizer, learner, model, BATCH)
+    assert value(optimizer, "refresh_attempts") == 1
+    damping = value(optimizer, "damping")
+    assert damping > 1e-3
+    nnx_step(model, optimizer, BATCH)
+    assert value(optimizer, "damping") == damping
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=not train)(nn.relu(x)))
+
+
+class State(rmtdamp.flax.TrainState):
+    batch_stats: dict
+
+
+def test_linen_through_train_state():
+    model = Linen()
+    variables = model.init(jax.random.key(0), BATCH[0], train=False)
+
+    def loss_fn(params, batch, batch_stats):
+        variables = {"params": params, "batch_stats": batch_stats}
+        return cross_entropy(model.apply(variables, batch[0], train=False), batch[1])
+
+    def create():
+        return State.create(
+            apply_fn=model.apply,
+            params=variables["params"],
+            batch_stats=variables["batch_stats"],
+            tx=rmtdamp.auto_adam(1e-2, loss_fn, every=2),
+        )
+
+    @jax.jit
+    def step(state, batch, key):
+        def training_loss(params):
+            logits, new = model.apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                batch[0],
+                train=True,
+                rngs={"dropout": key},
+                mutable=["batch_stats"],
+            )
+            return cross_entropy(logits, batch[1]), new["batch_stats"]
+
+        grads, batch_stats = jax.grad(training_loss, has_aux=True)(state.params)
+        extra_args = {"batch": batch, "loss_args": (state.batch_stats,)}
+        return state.apply_gradients(
+            grads=grads, batch_stats=batch_stats, extra_args=extra_args
+        )
+
+    state = create()
+    for i in range(3):
+        state = step(state, BATCH, jax.random.fold_in(jax.random.key(1), i))
+    assert state.step == 3
+    assert optax.tree.get(state.opt_state, "refresh_attempts") == 2
+    assert not np.allclose(
+        state.batch_stats["BatchNorm_0"]["mean"],
+        variables["batch_stats"]["BatchNorm_0"]["mean"],
+    )
+    restored = flax.serialization.from_bytes(
+        create(), flax.serialization.to_bytes(state)
+    )
+    chex.assert_trees_all_equal(restored.opt_state, state.opt_state)
+
+
+def test_train_state_still_takes_plain_optax():
+    state = rmtdamp.flax.TrainState.create(
+        apply_fn=None, params=jnp.ones(2), tx=optax.sgd(0.5)
+    )
+    state = state.apply_gradients(grads=jnp.ones(2), extra_args={"batch": None})
+    np.testing.assert_allclose(state.params, 0.5)
