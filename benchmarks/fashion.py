@@ -26,7 +26,19 @@ FLOORS = (1e-5, 1e-4, 1e-3)
 RULES = ("identity", "scaled-identity")
 FORMS = ("damping", "shrinkage")
 SEEDS = range(5)
-BASE = Settings(epochs=30, batch_size=128, width=256, every=100)
+# Every field, so that finished runs stay valid when the main job's defaults change.
+BASE = Settings(
+    epochs=30,
+    batch_size=128,
+    width=256,
+    learning_rate=1e-3,
+    sgd_learning_rate=0.05,
+    damping=1e-2,
+    floor=1e-4,
+    every=100,
+    rule="identity",
+    form="damping",
+)
 
 
 def configurations(rate):

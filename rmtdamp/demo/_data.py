@@ -5,6 +5,7 @@ pixels; labels as int32.
 """
 
 import gzip
+import math
 import pathlib
 import zlib
 from typing import NamedTuple
@@ -74,8 +75,8 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
             f"{raw[:4].hex() or 'nothing'}, not 000008"
         )
     header = 4 + 4 * raw[3]
-    shape = tuple(np.frombuffer(raw[4:header], ">u4").astype(int).tolist())
-    if len(shape) != raw[3] or len(raw) != header + int(np.prod(shape)):
+    shape = tuple(int.from_bytes(raw[i : i + 4], "big") for i in range(4, header, 4))
+    if len(raw) != header + math.prod(shape):
         raise DataError(
             f"{path} is truncated or has too much in it: {len(raw)} bytes where its "
             f"header promises an array of shape {shape}; fetch it again"

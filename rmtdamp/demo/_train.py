@@ -27,7 +27,7 @@ class Settings(NamedTuple):
     width: int = 128
     learning_rate: float = 1e-3
     sgd_learning_rate: float = 0.05
-    damping: float = 1e-2
+    damping: float = 1e-3
     floor: float = 1e-4
     every: int = 20
     rule: str = "identity"
