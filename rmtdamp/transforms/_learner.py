@@ -121,6 +121,7 @@ class DampingLearner:
             batch_size=self.batch_size or batch_size,
             execution=self.execution,
             precision=self.precision,
+            stderr=False,  # nobody reads it here, and it costs n vectors of memory
         )
         return learn_damping(
             learned,

@@ -1,0 +1,26 @@
+"""Every Python block of the README runs, by itself, as a reader would paste it."""
+
+import pathlib
+import re
+
+import jax
+import pytest
+
+README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.mark.parametrize("index", range(len(BLOCKS)))
+def test_block_runs(index, capsys):
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        exec(compile(BLOCKS[index], f"README block {index}", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "nan" not in printed
+    assert ("print(" in BLOCKS[index]) == bool(printed)
+
+
+def test_first_two_bash_blocks_are_one_line_each():
+    commands = re.findall(r"```bash\n(.*?)```", README, re.S)
+    assert [c.count("\n") for c in commands[:2]] == [1, 1]
+    assert "-m rmtdamp" in commands[0]
+    assert "pytest" in commands[1]
