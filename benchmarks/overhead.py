@@ -100,7 +100,8 @@ def seconds(call):
 
 def interleaved(a, b, pairs, name):
     """Median of b/a over neighbouring runs, its 95 % interval, and median of a."""
-    a(), b()
+    a()
+    b()
     ratios, times = [], []
     for i in track(range(pairs), name):
         # Which one goes first alternates, so that neither profits from its place.

@@ -167,7 +167,7 @@ def _moments(
             mean, total, terms = _spread(
                 product, params, parts, n, execution, stderr, dtype
             )
-        terms = terms / p if stderr else None
+        terms = None if terms is None else terms / p
         return vdot(probe, mean) / p, vdot(mean, mean) / p, total / p, terms
 
     keys = jax.random.split(key, num_probes)
