@@ -5,14 +5,30 @@
 | | |
 |---|---|
 | `hvp`, `hessian_matvec` | H v once, or many times at one point |
+| `ggn_matvec`, `fisher_matvec` | Gauss-Newton matrix; sampled and empirical Fisher |
+| `noise_matvec` | the noise of a batch's Hessian, from its two halves |
 | `moments` | nu, P^-1 Tr H^2 and the variance m of eq. 15, with its standard error |
-| `largest_eigenvalue` | the curvature that bounds the learning rate |
-| `check_loss` | is the loss a mean over independent examples, as `moments` assumes? |
+| `lanczos`, `eigsh`, `largest_eigenvalue` | Krylov basis, extreme eigenpairs |
+| `spectral_density` | the whole spectrum as weighted points |
+| `check_loss` | is the loss a mean over independent examples, as `moments` needs? |
+| `check_symmetric` | is a matvec symmetric, as Lanczos' iteration assumes? |
 
 Vectors are pytrees like `params`; nothing is flattened. Needs JAX only.
 """
 
 from ._check import check_loss as check_loss
+from ._eigsh import EigenPairs as EigenPairs, eigsh as eigsh
+from ._gauss_newton import fisher_matvec as fisher_matvec, ggn_matvec as ggn_matvec
+from ._lanczos import (
+    Tridiagonal as Tridiagonal,
+    check_symmetric as check_symmetric,
+    lanczos as lanczos,
+)
 from ._moments import HessianMoments as HessianMoments, moments as moments
 from ._power import Eigenvalue as Eigenvalue, largest_eigenvalue as largest_eigenvalue
 from ._products import hessian_matvec as hessian_matvec, hvp as hvp
+from ._spectrum import (
+    Spectrum as Spectrum,
+    noise_matvec as noise_matvec,
+    spectral_density as spectral_density,
+)

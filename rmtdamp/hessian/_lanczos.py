@@ -1,0 +1,310 @@
+"""matvec, start -> an orthonormal basis Q and a tridiagonal T, A Q = Q T + r e^T.
+
+Called eagerly, the steps are driven from Python, one compiled call each and nothing
+waits for the device; traced, they are a loop in the graph. (XLA on a CPU runs
+convolutions inside a loop some thirty times slower.)
+
+Breakdown. When the Krylov space is exhausted, what is left of a product is rounding,
+and normalising it would invent eigenvalues. In exact arithmetic the product of step i
+has norm (alpha_i^2 + beta_{i-1}^2 + beta_i^2)^1/2, so beta_i is rounding when it is a
+small multiple of the machine's epsilon times that norm. From there on the vectors,
+alpha and beta are zero: shapes stay, no step is wrong, and no host has to look.
+"""
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+
+from rmtdamp._tree import (
+    accumulation_dtype,
+    aligned,
+    check_params,
+    norm,
+    random_like,
+    scale,
+    size,
+    vdot,
+)
+from rmtdamp._types import Key, Matvec, Params
+
+Reorthogonalization = Literal["none", "full", "twice"]
+_PASSES = {"none": 0, "full": 1, "twice": 2}
+# Products are sums of many rounded terms, so their error is tens of epsilons.
+BREAKDOWN = 64
+
+
+class Tridiagonal(NamedTuple):
+    """What Lanczos' iteration gives: A Q = Q T + residual e_last^T."""
+
+    diagonal: jax.Array  # (num_steps,), alpha; 0 after breakdown
+    off_diagonal: jax.Array  # (num_steps - 1,), beta; 0 after breakdown
+    basis: Params | None  # leading axis num_steps, rows of Q^T; 0 after breakdown
+    residual: Params  # like params, what is left of the last product
+    residual_norm: jax.Array  # ()
+    num_steps: jax.Array  # (), int32, steps before breakdown
+
+    def matrix(self) -> jax.Array:
+        """T as a dense (num_steps, num_steps) array, zero after breakdown."""
+        off = self.off_diagonal
+        return jnp.diag(self.diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1)
+
+    def ritz(self) -> tuple[jax.Array, jax.Array]:
+        """Ritz values, ascending, and the share of `start` in each Ritz vector.
+
+        Returns:
+            Two arrays (num_steps,). The shares are the weights of the Gauss quadrature
+            and sum to 1. After breakdown the last Ritz value is repeated, with share 0:
+            no value appears that is not one.
+        """
+        steps = jnp.arange(self.diagonal.shape[0], dtype=jnp.int32)
+        valid = steps < self.num_steps
+        # Above every Ritz value (Gershgorin), so that the padding sorts to the end.
+        above = 1 + 2 * jnp.max(jnp.abs(self.diagonal))
+        above = above + 4 * jnp.max(self.off_diagonal, initial=0)
+        padding = jnp.diag(jnp.where(valid, 0, above))
+        values, vectors = jnp.linalg.eigh(self.matrix() + padding)
+        values = jnp.where(valid, values, values[self.num_steps - 1])
+        return values, jnp.where(valid, vectors[0] ** 2, 0)
+
+
+class _Carry(NamedTuple):
+    vector: Params  # q_i, or 0 after breakdown
+    previous: Params  # q_{i-1}
+    last_beta: jax.Array  # ()
+    alphas: jax.Array  # (num_steps,)
+    betas: jax.Array  # (num_steps,)
+    basis: Params | None
+    num_steps: jax.Array  # (), int32
+
+
+def as_partial(matvec: Matvec) -> Any:
+    """A matvec as a pytree, so that jitted code takes it as an argument."""
+    if isinstance(matvec, jax.tree_util.Partial):
+        return matvec
+    return jax.tree_util.Partial(matvec)
+
+
+def is_traced(*trees) -> bool:
+    """Whether any leaf is being traced."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees))
+
+
+def project(basis: Params, vector: Params) -> jax.Array:
+    """Q^T x for a basis with a leading axis: shape (rows,)."""
+    dots = jax.tree.map(
+        lambda q, x: jnp.tensordot(q, x, axes=x.ndim, precision="highest"),
+        basis,
+        vector,
+    )
+    return functools.reduce(jnp.add, jax.tree.leaves(dots))
+
+
+def combine(coefficients: jax.Array, basis: Params) -> Params:
+    """sum_i c_i q_i, or several such sums for a matrix (num_sums, rows)."""
+    return jax.tree.map(
+        lambda q: jnp.tensordot(coefficients, q, axes=1, precision="highest"), basis
+    )
+
+
+def widened(tree: Params) -> Params:
+    """`tree` in its accumulation dtype."""
+    dtype = accumulation_dtype(tree)
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+def apply(matvec: Matvec, like: Params, vector: Params) -> Params:
+    """The product, made in the dtypes of `like`, returned in those of `vector`."""
+    narrow = jax.tree.map(lambda x, l: x.astype(l.dtype), vector, like)
+    return jax.tree.map(lambda y, x: y.astype(x.dtype), matvec(narrow), vector)
+
+
+def _step(matvec, like, carry: _Carry, i, passes: int) -> tuple[_Carry, Params]:
+    vector, previous = carry.vector, carry.previous
+    basis = carry.basis
+    if basis is not None:
+        basis = jax.tree.map(lambda q, x: q.at[i].set(x), basis, vector)
+    product = apply(matvec, like, vector)
+    alpha = vdot(vector, product)
+    rest = jax.tree.map(
+        lambda y, q, p: y - alpha.astype(y.dtype) * q - carry.last_beta * p,
+        product,
+        vector,
+        previous,
+    )
+    for _ in range(passes):
+        correction = combine(project(basis, rest), basis)
+        rest = jax.tree.map(jnp.subtract, rest, correction)
+    beta = norm(rest)
+    # (alpha^2 + last_beta^2 + beta^2)^1/2, the norm of the product
+    local = jnp.hypot(jnp.hypot(alpha, carry.last_beta), beta)
+    alive = beta > BREAKDOWN * jnp.finfo(beta.dtype).eps * local
+    beta = jnp.where(alive, beta, 0)
+    started = norm(vector) > 0
+    following = scale(jnp.where(alive, 1 / jnp.where(alive, beta, 1), 0), rest)
+    carry = _Carry(
+        vector=following,
+        previous=vector,
+        last_beta=beta,
+        alphas=carry.alphas.at[i].set(alpha),
+        betas=carry.betas.at[i].set(beta),
+        basis=basis,
+        num_steps=carry.num_steps + started.astype(jnp.int32),
+    )
+    return carry, beta
+
+
+_compiled_step = jax.jit(_step, static_argnames="passes", donate_argnums=2)
+
+
+def lanczos(
+    matvec: Matvec,
+    start: Params,
+    num_steps: int,
+    *,
+    reorthogonalization: Reorthogonalization = "full",
+    keep_basis: bool | None = None,
+) -> Tridiagonal:
+    r"""Lanczos' iteration from a given vector.
+
+    Builds q_1 = start / ||start||, q_2, ... with A Q = Q T + r e_last^T, Q orthonormal
+    and T symmetric tridiagonal. The eigenvalues of T (Ritz values) approach the outer
+    eigenvalues of A first; with their first components they are a Gauss quadrature of
+    the spectrum as `start` sees it.
+
+    In floating point Q loses its orthogonality once a Ritz value has converged, and
+    copies of it appear. "full" subtracts, at each step, what is left along the earlier
+    vectors; "twice" does so twice, which is as good as it gets; "none" keeps the
+    three-term recursion, which is enough for a spectral density.
+
+    Cost: `num_steps` products, and 4 (8 for "twice") num_steps^2 P FLOPs. Memory: four
+    vectors like `start`, and `num_steps` more for the basis.
+
+    Args:
+        matvec: v -> A v with A symmetric, from `hessian_matvec` or any function of
+            pytrees; a plain function is compiled once per function object.
+        start: pytree of real floating arrays, any length but zero; products are made
+            in its dtypes, all else in float32 or wider.
+        num_steps: size of T, at most P.
+        reorthogonalization: "none", "full" or "twice".
+        keep_basis: whether to return Q; default: as `reorthogonalization` needs it.
+
+    Returns:
+        `Tridiagonal`; after breakdown (the Krylov space is exhausted) its entries are
+        zero and `num_steps` says how many are not.
+
+    Raises:
+        TypeError: `start` holds anything but real floating arrays.
+        ValueError: fewer than one step or more than P, an unknown
+            `reorthogonalization`, or (eagerly) a start that is zero or not finite.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.hessian import lanczos
+        >>> diagonal = jnp.array([1.0, 2.0, 5.0])
+        >>> found = lanczos(lambda v: diagonal * v, jnp.ones(3), 3)
+        >>> [round(float(x), 4) for x in found.ritz()[0]]
+        [1.0, 2.0, 5.0]
+
+    References:
+        Golub and Van Loan, Matrix Computations, 4th edition, sections 10.1 and 10.3.
+    """
+    check_params(start)
+    if reorthogonalization not in _PASSES:
+        raise ValueError(
+            f"reorthogonalization is {reorthogonalization!r}: choose from "
+            f"{', '.join(_PASSES)}"
+        )
+    check_steps(num_steps, size(start))
+    wide = widened(start)
+    length = norm(wide)
+    if not is_traced(length) and not (0 < float(length) < float("inf")):
+        raise ValueError(
+            f"start has norm {float(length)}: Lanczos' iteration needs a finite vector "
+            "other than zero; a random one will do"
+        )
+    passes = _PASSES[reorthogonalization]
+    keep = passes > 0 if keep_basis is None else keep_basis or passes > 0
+    zeros = jnp.zeros(num_steps, length.dtype)
+    carry = _Carry(
+        vector=scale(1 / length, wide),
+        previous=jax.tree.map(jnp.zeros_like, wide),
+        last_beta=jnp.zeros_like(length),
+        alphas=zeros,
+        betas=jnp.zeros_like(zeros),
+        basis=jax.tree.map(lambda x: jnp.zeros((num_steps, *x.shape), x.dtype), wide)
+        if keep
+        else None,
+        num_steps=jnp.zeros((), jnp.int32),
+    )
+    matvec = as_partial(matvec)
+    if is_traced(matvec, start):
+        body = lambda i, carry: _step(matvec, start, carry, i, passes)[0]
+        carry = jax.lax.fori_loop(0, num_steps, body, carry)
+    else:
+        for i in range(num_steps):
+            carry, _ = _compiled_step(matvec, start, carry, jnp.int32(i), passes=passes)
+    return Tridiagonal(
+        diagonal=carry.alphas,
+        off_diagonal=carry.betas[:-1],
+        basis=carry.basis if keep else None,
+        residual=scale(carry.last_beta, carry.vector),
+        residual_norm=carry.last_beta,
+        num_steps=carry.num_steps,
+    )
+
+
+def check_steps(num_steps: int, p: int) -> None:
+    """Refuse a Krylov space of no dimension, or of more than there are.
+
+    Raises:
+        ValueError: `num_steps` outside 1 to P.
+    """
+    if not 1 <= num_steps <= p:
+        raise ValueError(
+            f"num_steps is {num_steps}, and must lie between 1 and the {p} parameters"
+        )
+
+
+def check_symmetric(
+    matvec: Matvec, like: Params, key: Key, *, rtol: float = 1e-3
+) -> None:
+    """Raise if x^T (A y) and y^T (A x) differ for two random vectors. Eager.
+
+    Lanczos' iteration, `eigsh` and `spectral_density` assume a symmetric matrix and
+    cannot see that it is not; two products show it.
+
+    Args:
+        matvec: the product to be checked.
+        like: pytree of real floating arrays, for structure, shapes and dtypes.
+        key: a key of `jax.random`.
+        rtol: allowed difference, relative to ||x|| ||A y||.
+
+    Raises:
+        TypeError: `like` holds anything but real floating arrays.
+        ValueError: the matrix is not symmetric.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from rmtdamp.hessian import check_symmetric
+        >>> matrix = jnp.array([[1.0, 2.0], [0.0, 1.0]])
+        >>> check_symmetric(lambda v: matrix @ v, jnp.zeros(2), jax.random.key(0))
+        Traceback (most recent call last):
+            ...
+        ValueError: the matvec is not symmetric: ...
+    """
+    check_params(like)
+    first, second = jax.random.split(key)
+    x = random_like(first, like, jax.random.normal)
+    y = random_like(second, like, jax.random.normal)
+    product_x, product_y = aligned(matvec(x), like), aligned(matvec(y), like)
+    left, right = float(vdot(x, product_y)), float(vdot(y, product_x))
+    bound = rtol * float(norm(x) * norm(product_y))
+    if not abs(left - right) <= bound:
+        raise ValueError(
+            f"the matvec is not symmetric: x^T A y = {left:.6g} and y^T A x = "
+            f"{right:.6g} for two random vectors, a difference above {bound:.2g}; "
+            "Lanczos' iteration needs a symmetric matrix"
+        )

@@ -1,0 +1,306 @@
+"""Lanczos, eigsh, spectral density: defining relations, dense oracles, limits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import dense_hessian, mlp, mlp_batch, mlp_loss
+
+from rmtdamp.hessian import (
+    check_symmetric,
+    eigsh,
+    hessian_matvec,
+    lanczos,
+    noise_matvec,
+    spectral_density,
+)
+
+PARAMS = mlp(jax.random.key(0))
+BATCH = mlp_batch(jax.random.key(1))
+P = 94
+
+
+def with_spectrum(eigenvalues, seed=0, dtype=jnp.float64):
+    """A dense symmetric matrix built from its spectrum."""
+    p = len(eigenvalues)
+    draw = jax.random.normal(jax.random.key(seed), (p, p), jnp.float64)
+    basis = jnp.linalg.qr(draw)[0]
+    matrix = (basis * jnp.asarray(eigenvalues, jnp.float64)[None]) @ basis.T
+    return ((matrix + matrix.T) / 2).astype(dtype)
+
+
+def normal(seed, p=P, dtype=jnp.float64):
+    return jax.random.normal(jax.random.key(seed), (p,), dtype)
+
+
+def flat(tree):
+    return jax.flatten_util.ravel_pytree(tree)[0]
+
+
+def rows(basis, count):
+    return np.stack(
+        [flat(jax.tree.map(lambda q, i=i: q[i], basis)) for i in range(count)]
+    )
+
+
+@pytest.mark.parametrize("reorthogonalization", ["none", "full", "twice"])
+def test_defining_relation_on_a_pytree(reorthogonalization):
+    """A Q^T = Q^T T + r e^T and Q orthonormal, for the Hessian of a network."""
+    matvec = hessian_matvec(mlp_loss, PARAMS, BATCH)
+    start = mlp(jax.random.key(5))
+    found = lanczos(
+        matvec, start, 20, reorthogonalization=reorthogonalization, keep_basis=True
+    )
+    basis = rows(found.basis, 20)
+    hessian = np.asarray(dense_hessian(mlp_loss, PARAMS, BATCH))
+    left = hessian @ basis.T - basis.T @ np.asarray(found.matrix())
+    left[:, -1] -= flat(found.residual)
+    np.testing.assert_allclose(left, 0, atol=1e-10)
+    tolerance = 1e-5 if reorthogonalization == "none" else 1e-12
+    np.testing.assert_allclose(basis @ basis.T, np.eye(20), atol=tolerance)
+    np.testing.assert_allclose(
+        basis[0], flat(start) / np.linalg.norm(flat(start)), rtol=1e-12
+    )
+    assert found.num_steps == 20
+
+
+def test_full_space_gives_the_whole_spectrum():
+    spectrum = np.linspace(-3, 7, 40)
+    matrix = with_spectrum(spectrum)
+    found = lanczos(
+        lambda v: matrix @ v, normal(1, 40), 40, reorthogonalization="twice"
+    )
+    np.testing.assert_allclose(found.ritz()[0], spectrum, atol=1e-9)
+    np.testing.assert_allclose(found.ritz()[1].sum(), 1)
+
+
+@pytest.mark.parametrize("reorthogonalization", ["none", "full", "twice"])
+@pytest.mark.parametrize("num_steps", [2, 12, 60, 200])
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_breakdown_gives_true_eigenvalues_and_nothing_else(
+    shift, num_steps, reorthogonalization
+):
+    """shift I + 100 u u^T in float32, P = 200: a two-dimensional Krylov space. (One
+    peer's Lanczos reports Ritz values up to 454 here.)"""
+    u = normal(0, 200, jnp.float32)
+    u = u / jnp.linalg.norm(u)
+    found = lanczos(
+        lambda v: shift * v + 100 * u * jnp.dot(u, v),
+        normal(1, 200, jnp.float32),
+        num_steps,
+        reorthogonalization=reorthogonalization,
+    )
+    values, weights = found.ritz()
+    distance = jnp.minimum(jnp.abs(values - shift), jnp.abs(values - shift - 100))
+    assert jnp.max(distance) < 1e-3
+    assert found.num_steps == 2
+    assert jnp.all(jnp.isfinite(values))
+    np.testing.assert_allclose(weights.sum(), 1, rtol=1e-5)
+    assert jnp.all(weights[2:] == 0)
+
+
+def test_zero_matrix():
+    found = lanczos(jnp.zeros_like, normal(0), 5)
+    assert found.num_steps == 1
+    np.testing.assert_array_equal(found.ritz()[0], 0)
+
+
+def test_a_small_bulk_beside_a_large_outlier_is_no_breakdown():
+    """Outlier 100, bulk of 1e-2 in float32: the bulk is far above rounding."""
+    spectrum = np.concatenate([1e-2 * np.linspace(-1, 1, 99), [100.0]])
+    matrix = with_spectrum(spectrum, dtype=jnp.float32)
+    found = lanczos(lambda v: matrix @ v, normal(1, 100, jnp.float32), 10)
+    assert found.num_steps == 10
+
+
+def test_traced_equals_eager():
+    matvec = hessian_matvec(mlp_loss, PARAMS, BATCH)
+    start = mlp(jax.random.key(5))
+    traced = jax.jit(lambda m, s: lanczos(m, s, 8))(matvec, start)
+    eager = lanczos(matvec, start, 8)
+    np.testing.assert_allclose(traced.diagonal, eager.diagonal, rtol=1e-10)
+    np.testing.assert_allclose(traced.off_diagonal, eager.off_diagonal, rtol=1e-10)
+
+
+def test_low_precision_params_are_handled_in_float32():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    inputs, labels = BATCH
+    matvec = hessian_matvec(mlp_loss, params, (inputs.astype(jnp.bfloat16), labels))
+    found = lanczos(matvec, params, 5)
+    assert found.diagonal.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+def test_eigsh_matches_the_dense_hessian(which):
+    """To 1e-6 in float64, vectors by the defining relation, order as SciPy's words."""
+    matvec = hessian_matvec(mlp_loss, PARAMS, BATCH)
+    found = eigsh(matvec, PARAMS, jax.random.key(0), k=5, which=which)
+    hessian = np.asarray(dense_hessian(mlp_loss, PARAMS, BATCH))
+    values = np.linalg.eigvalsh(hessian)
+    key = {"LA": -values, "SA": values, "LM": -np.abs(values)}[which]
+    np.testing.assert_allclose(
+        found.eigenvalues, values[np.argsort(key)][:5], atol=1e-6
+    )
+    vectors = rows(found.eigenvectors, 5)
+    defect = hessian @ vectors.T - vectors.T * np.asarray(found.eigenvalues)[None]
+    assert np.all(np.linalg.norm(defect, axis=0) <= found.residuals + 1e-12)
+    np.testing.assert_allclose(vectors @ vectors.T, np.eye(5), atol=1e-10)
+
+
+def test_eigsh_counts_multiplicity_and_restarts():
+    spectrum = np.concatenate([np.linspace(0, 1, 195), [2, 2, 2, 3, 3]])
+    matrix = with_spectrum(spectrum)
+    found = eigsh(
+        lambda v: matrix @ v, jnp.zeros(200), jax.random.key(0), k=5, basis_size=12
+    )
+    np.testing.assert_allclose(found.eigenvalues, [3, 3, 2, 2, 2], atol=1e-7)
+    assert found.num_products > 12
+
+
+@pytest.mark.parametrize("k", [3, 20])
+def test_eigsh_of_low_rank_and_identity(k):
+    u = normal(0, 20)
+    u = u / jnp.linalg.norm(u)
+    find = lambda matvec: eigsh(matvec, jnp.zeros(20), jax.random.key(0), k=k)
+    expected = np.zeros(k)
+    np.testing.assert_allclose(find(lambda v: v).eigenvalues, 1 + expected, atol=1e-9)
+    expected[0] = 5
+    low_rank = find(lambda v: 5 * u * (u @ v))
+    np.testing.assert_allclose(low_rank.eigenvalues, expected, atol=1e-9)
+
+
+def test_eigsh_respects_its_budget_and_reports_what_is_left():
+    matrix = with_spectrum(np.linspace(0, 1, 300))
+    calls = []
+
+    def matvec(v):
+        calls.append(None)
+        return matrix @ v
+
+    with jax.disable_jit():
+        found = eigsh(
+            matvec, jnp.zeros(300), jax.random.key(0), k=2, max_products=30, tol=1e-12
+        )
+    assert len(calls) == found.num_products <= 30
+    assert np.all(np.asarray(found.residuals) > 1e-12)
+
+
+def test_density_moments_match_dense_moments():
+    """Moments 0 to 3 within their standard error, as z-scores over 60 keys."""
+    matvec = hessian_matvec(mlp_loss, PARAMS, BATCH)
+    hessian = dense_hessian(mlp_loss, PARAMS, BATCH)
+    z_scores = {order: [] for order in (1, 2, 3)}
+    for seed in range(60):
+        spectrum = spectral_density(
+            matvec, PARAMS, jax.random.key(seed), num_steps=10, num_probes=8
+        )
+        assert spectrum.nodes.shape == spectrum.weights.shape == (8, 10)
+        np.testing.assert_allclose(spectrum.weights.sum(1), 1, rtol=1e-10)
+        np.testing.assert_allclose(spectrum.moment(0)[0], 1, rtol=1e-10)
+        for order, scores in z_scores.items():
+            exact = jnp.trace(jnp.linalg.matrix_power(hessian, order)) / P
+            value, stderr = spectrum.moment(order)
+            scores.append(float((value - exact) / stderr))
+    for scores in z_scores.values():
+        # Eight probes: Student's t with 7 degrees of freedom has variance 7/5.
+        assert abs(np.mean(scores)) < 4 * (1.4 / 60) ** 0.5
+        assert 0.5 < np.std(scores) < 2.5
+
+
+def test_density_of_a_traced_call_and_with_a_basis():
+    matvec = hessian_matvec(mlp_loss, PARAMS, BATCH)
+    find = lambda m, how: spectral_density(
+        m, PARAMS, jax.random.key(0), num_steps=6, reorthogonalization=how
+    )
+    eager, full = find(matvec, "none"), find(matvec, "full")
+    traced = jax.jit(lambda m: find(m, "none")[:2])(matvec)
+    np.testing.assert_allclose(traced[0], eager.nodes, rtol=1e-8)
+    np.testing.assert_allclose(full.nodes, eager.nodes, rtol=1e-6, atol=1e-8)
+
+
+def test_density_smoothing_integrates_to_one_and_breakdown_has_no_weight():
+    u = normal(0, 50)
+    u = u / jnp.linalg.norm(u)
+    spectrum = spectral_density(
+        lambda v: v + 9 * u * (u @ v), u, jax.random.key(0), num_steps=10
+    )
+    assert jnp.all(jnp.isfinite(spectrum.nodes))
+    grid = jnp.linspace(-2, 13, 2000)
+    density = spectrum.density(grid, 0.2)
+    np.testing.assert_allclose(jnp.trapezoid(density, grid), 1, rtol=1e-3)
+    assert density[jnp.argmin(jnp.abs(grid - 5))] < 1e-6
+    assert jnp.isnan(
+        spectral_density(
+            jnp.copy, u, jax.random.key(0), num_steps=2, num_probes=1
+        ).moment(1)[1]
+    )
+
+
+def test_noise_matvec_is_half_the_difference():
+    halves = [
+        jax.tree.map(lambda x, s=s: x[s], BATCH) for s in (slice(16), slice(16, 32))
+    ]
+    matvec = noise_matvec(*(hessian_matvec(mlp_loss, PARAMS, h) for h in halves))
+    a, b = (dense_hessian(mlp_loss, PARAMS, h) for h in halves)
+    vector = mlp(jax.random.key(7))
+    np.testing.assert_allclose(
+        flat(matvec(vector)), (a - b) @ flat(vector) / 2, atol=1e-12
+    )
+
+
+def test_check_symmetric():
+    check_symmetric(hessian_matvec(mlp_loss, PARAMS, BATCH), PARAMS, jax.random.key(0))
+    matrix = jax.random.normal(jax.random.key(1), (P, P), jnp.float64)
+    with pytest.raises(ValueError, match=r"not symmetric: x\^T A y = .* needs a symm"):
+        check_symmetric(lambda v: matrix @ v, normal(0), jax.random.key(2))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: lanczos(jnp.copy, normal(0), 95), "num_steps is 95, .* 1 and the 94"),
+        (lambda: lanczos(jnp.copy, normal(0), 0), "num_steps is 0"),
+        (lambda: lanczos(jnp.copy, 0 * normal(0), 2), "start has norm 0.0"),
+        (lambda: lanczos(jnp.copy, jnp.nan * normal(0), 2), "start has norm nan"),
+        (
+            lambda: lanczos(jnp.copy, normal(0), 2, reorthogonalization="some"),
+            "reorthogonalization is 'some': choose from none, full, twice",
+        ),
+        (
+            lambda: spectral_density(
+                jnp.copy, normal(0), jax.random.key(0), num_steps=95
+            ),
+            "num_steps is 95",
+        ),
+        (
+            lambda: spectral_density(
+                jnp.copy, normal(0), jax.random.key(0), num_probes=0
+            ),
+            "num_probes is 0, and at least 1",
+        ),
+        (
+            lambda: eigsh(jnp.copy, normal(0), jax.random.key(0), k=95),
+            "k is 95, and must lie between 1 and the 94 parameters",
+        ),
+        (
+            lambda: eigsh(jnp.copy, normal(0), jax.random.key(0), basis_size=7),
+            "basis_size is 7, and must lie between 8",
+        ),
+        (
+            lambda: eigsh(jnp.copy, normal(0), jax.random.key(0), max_products=19),
+            "max_products is 19, .* takes 20",
+        ),
+        (
+            lambda: eigsh(jnp.copy, normal(0), jax.random.key(0), which="BE"),
+            "which is 'BE': choose from LA, SA, LM",
+        ),
+        (
+            lambda: jax.jit(lambda v: eigsh(jnp.copy, v, jax.random.key(0)))(normal(0)),
+            "cannot be traced: .* or take lanczos",
+        ),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
