@@ -11,10 +11,16 @@ runs. One walk explains the package:
 | DECIDE | `rmtdamp.damping` | moments -> damping |
 | ACT | `rmtdamp.transforms` | damping -> preconditioned update, in optax |
 
-Doors: `rmtdamp.schedules`, `rmtdamp.flax`, and `python -m rmtdamp`.
+The random-matrix laws behind it are in `rmtdamp.rmt`. Doors: `rmtdamp.schedules`,
+`rmtdamp.flax`, and `python -m rmtdamp`.
 """
 
-from . import damping as damping, hessian as hessian, schedules as schedules
+from . import (
+    damping as damping,
+    hessian as hessian,
+    rmt as rmt,
+    schedules as schedules,
+)
 from .damping import (
     Shrinkage as Shrinkage,
     damping_from_shrinkage as damping_from_shrinkage,

@@ -1,7 +1,7 @@
 """Vector-space operations on pytrees, and the checks on what comes from outside.
 
-Reductions accumulate in float32, or in the leaves' dtype where that is wider, so that
-a bfloat16 model is measured no worse than a float32 one.
+Reductions accumulate in float32, or in the leaves' dtype where that is wider. What a
+bfloat16 or float16 model rounds on the way to a gradient is rounded all the same.
 """
 
 import math
@@ -15,7 +15,9 @@ from ._types import Batch, Key, Params
 def accumulation_dtype(tree: Params) -> jnp.dtype:
     """Float32, or float64 where a leaf of `tree` has it."""
     # Not jnp.promote_types: strict promotion, a setting of the user's, forbids it.
-    wide = any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(tree))
+    wide = any(
+        getattr(leaf, "dtype", None) == jnp.float64 for leaf in jax.tree.leaves(tree)
+    )
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 

@@ -189,13 +189,22 @@ class LearnedDamping(NamedTuple):
 
 def initial_damping(damping, dtype) -> LearnedDamping:
     """Before any measurement: `damping` in force, towards 1."""
-    number = lambda x: jnp.asarray(x, dtype)
-    count = lambda x: jnp.asarray(x, jnp.int32)
-    nan = number(jnp.nan)
+    # Copies, one per field: a training step may donate the state, which deletes its
+    # buffers and refuses to see one of them twice.
+    number = lambda x: jnp.array(x, dtype, copy=True)
+    count = lambda x: jnp.array(x, jnp.int32)
     return LearnedDamping(
-        number(damping), number(1), nan, nan, nan, nan,
-        count(-1), count(0), count(0), count(0),
-    )  # fmt: skip
+        damping=number(damping),
+        damping_target=number(1),
+        measured_variance=number(jnp.nan),
+        average_mean=number(jnp.nan),
+        average_dispersion=number(jnp.nan),
+        average_variance=number(jnp.nan),
+        last_refresh=count(-1),
+        refresh_attempts=count(0),
+        refresh_rejections=count(0),
+        refresh_caps=count(0),
+    )
 
 
 def learn_damping(
@@ -247,7 +256,12 @@ def learn_damping(
     nu = average(learned.average_mean, measured.mean)
     d2 = average(learned.average_dispersion, measured.dispersion)
     m = average(learned.average_variance, measured.variance)
-    decision = rule(HessianMoments(mean=nu, square=d2 + nu**2, variance=m))
+    decision = rule(HessianMoments(nu, d2 + nu**2, m))
+    if not isinstance(decision, Shrinkage):
+        raise TypeError(
+            f"rule returned a {type(decision).__name__}: a rule is a function from "
+            "HessianMoments to Shrinkage(damping, target)"
+        )
     damping = decision.damping + floor
     target = decision.target
     # Comparisons with NaN are false, so a NaN in either is rejected.
@@ -338,7 +352,8 @@ def stable_learning_rate(max_eigenvalue, *, momentum=0.0, averaged=False):
     factor = (1 + momentum) / (1 - momentum) if averaged else 1 + momentum
     eigenvalue = jnp.asarray(max_eigenvalue)
     positive = eigenvalue > 0
-    return jnp.where(positive, 2 * factor / jnp.where(positive, eigenvalue, 1), jnp.inf)
+    bound = 2 * factor / jnp.where(positive, eigenvalue, 1)
+    return jnp.where(positive | jnp.isnan(eigenvalue), bound + 0 * eigenvalue, jnp.inf)
 
 
 def stable_learning_rate_bound(hessian_diagonal: Params, preconditioner: Params):

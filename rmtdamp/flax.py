@@ -6,6 +6,7 @@ What changes during training (running averages, keys) goes through `loss_args`, 
 and fresh at each step; a closure would freeze it silently at its first value.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -62,7 +63,13 @@ def curvature_loss(
     copy.eval()
     graphdef, _, _ = nnx.split(copy, nnx.Param, ...)
 
-    def loss_fn(params, batch, state):
+    def loss_fn(params, batch, *state):
+        if len(state) != 1:
+            raise ValueError(
+                f"a curvature_loss takes the model's state, got {len(state)} further "
+                "arguments: pass loss_args=rmtdamp.flax.loss_args(model) to the update"
+            )
+        (state,) = state
         return loss(nnx.merge(graphdef, params, state, copy=True), batch)
 
     return loss_fn
@@ -154,10 +161,10 @@ class TrainState(train_state.TrainState):
         Returns:
             The state after the step.
         """
-        updates, opt_state = optax.with_extra_args_support(self.tx).update(
-            grads, self.opt_state, self.params, **(extra_args or {})
-        )
-        params = optax.apply_updates(self.params, updates)
-        return self.replace(
-            step=self.step + 1, params=params, opt_state=opt_state, **kwargs
-        )
+        tx = optax.with_extra_args_support(self.tx)
+        # The step itself, fp8 scales that are overwritten and all, stays Flax's: it is
+        # handed a transformation that knows the extra arguments.
+        update = functools.partial(tx.update, **(extra_args or {}))
+        bound = self.replace(tx=optax.GradientTransformation(tx.init, update))
+        after = train_state.TrainState.apply_gradients(bound, grads=grads, **kwargs)
+        return after.replace(tx=self.tx)

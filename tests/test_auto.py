@@ -226,6 +226,84 @@ def test_measurement_is_reproducible_and_seeded():
     assert get(one, "damping") != get(other, "damping")
 
 
+@pytest.mark.parametrize("every", [1, None])
+def test_a_step_may_donate_its_state(every):
+    """Twice: a donated state must not take the learner's own numbers with it."""
+    floor = jnp.float32(1e-3)
+    learner = DampingLearner(mlp_loss, floor=floor)
+    target = jnp.float32(0.5)
+    for tx in (
+        owned(learner, every=every),
+        set_damping(adam_shrinkage(1e-3), floor, target=target),
+    ):
+        step = jax.jit(
+            lambda params, state, tx=tx: tx.update(GRADS, state, params, batch=BATCH),
+            donate_argnums=1,
+        )
+        for _ in range(2):
+            state = step(PARAMS, tx.init(PARAMS))[1]
+            state = step(PARAMS, state)[1]
+    assert floor == jnp.float32(1e-3)
+    assert target == 0.5
+
+
+def test_every_setting_of_the_learner_reaches_the_measurement():
+    seen = []
+
+    def loss(params, batch):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return mlp_loss(params, batch)
+
+    learner = DampingLearner(
+        loss,
+        floor=0.25,
+        decay=0.5,
+        num_microbatches=4,
+        num_probes=3,
+        batch_size=64,
+        seed=5,
+        execution="unroll",
+        precision="bfloat16",
+    )
+    state = refresh_damping(owned(learner).init(PARAMS), learner, PARAMS, BATCH)
+    assert "bfloat16" in seen
+    expected = moments(
+        loss,
+        PARAMS,
+        BATCH,
+        jax.random.fold_in(jax.random.key(5), 0),
+        num_microbatches=4,
+        num_probes=3,
+        batch_size=64,
+        execution="unroll",
+        precision="bfloat16",
+    )
+    np.testing.assert_allclose(
+        get(state, "damping"), 0.25 + expected.variance, rtol=1e-5
+    )
+
+
+def test_every_argument_of_auto_adam_reaches_its_part():
+    given = {
+        "floor": 1e-2,
+        "decay": 0.2,
+        "rule": rmtdamp.scaled_identity_target,
+        "num_microbatches": 4,
+        "num_probes": 2,
+        "max_damping": 0.5,
+        "seed": 3,
+    }
+    one = auto_adam(1e-2, mlp_loss, b1=0.5, b2=0.8, every=1, form="shrinkage", **given)
+    inner = scale_by_adam_shrinkage(b1=0.5, b2=0.8, form="shrinkage")
+    chain = optax.chain(
+        auto_damping(inner, DampingLearner(mlp_loss, **given), every=1),
+        optax.scale_by_learning_rate(1e-2),
+    )
+    (updates, state), (expected, other) = take_steps(one, 3), take_steps(chain, 3)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+    chex.assert_trees_all_equal(get(state, "learned"), get(other, "learned"))
+
+
 def test_state_survives_serialisation():
     import flax.serialization
 
@@ -361,7 +439,16 @@ HOLES = lambda: optax.masked(owned(), [{"kernel": True, "bias": False}] * 2)
             "holds 0 auto_damping states",
         ),
         (lambda: HOLES().init(PARAMS), r"params with holes.*masked\(inner, mask\)"),
-        (lambda: owned(every=0), "every is 0: take at least 1, or None"),
+        (lambda: owned(every=0), "every is 0: take a whole number of at least 1"),
+        (lambda: owned(every=0.5), "every is 0.5: take a whole number"),
+        (
+            lambda: take_steps(owned(), 1, curvature_batch=(BATCH[0], BATCH[1][:3])),
+            "leaves of curvature_batch have unequal",
+        ),
+        (
+            lambda: DampingLearner(mlp_loss, floor=jnp.float32(-1).item()),
+            r"floor is -1\.0, and must be at least 0$",
+        ),
         (lambda: set_damping(adam_shrinkage(1e-3), -1.0), "damping is -1.0, and must"),
         (lambda: DampingLearner(mlp_loss, floor=-1.0), "floor is -1.0, .* at least 0"),
         (lambda: DampingLearner(mlp_loss, decay=1.0), r"decay is 1.0, .* in \[0, 1\)"),

@@ -54,6 +54,16 @@ def test_what_is_not_a_mean_fails(loss_fn, loss_args, message):
         check_loss(loss_fn, PARAMS.astype(jnp.float64), BATCH, loss_args=loss_args)
 
 
+def test_rounding_is_not_an_error():
+    """bfloat16 sums, and a float32 loss of both signs whose mean is near zero."""
+    for seed in range(10):
+        batch = jax.random.normal(jax.random.key(seed), (16, 3), jnp.bfloat16)
+        check_loss(mean, PARAMS.astype(jnp.bfloat16), batch)
+        centred = (batch - batch.mean(0)[None]).astype(jnp.float32)
+        signed = lambda p, b: jnp.mean(b @ p)
+        check_loss(signed, PARAMS.astype(jnp.float32), centred)
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="compares halves, and batch holds 1 example"):
         check_loss(mean, PARAMS.astype(jnp.float64), BATCH[:1])

@@ -232,6 +232,17 @@ def test_a_rule_of_ones_own():
     assert after.damping_target == 2.0
 
 
+def test_a_rule_must_return_a_shrinkage():
+    with pytest.raises(TypeError, match=r"rule returned a Array.*Shrinkage"):
+        learn(
+            initial_damping(0.0, jnp.float32),
+            0.0,
+            1.0,
+            4.0,
+            rule=lambda m: m.variance,
+        )
+
+
 def test_learner_keeps_dtypes_and_compiles():
     learned = initial_damping(0.1, jnp.float32)
     after = jax.jit(learn)(learned, 0.0, 1.0, 0.5)
@@ -317,6 +328,25 @@ def test_largest_eigenvalue_is_the_algebraic_one(spectrum, traced):
     # The defining relation, and the residual that reports on it.
     defect = matrix @ found.vector - found.value * found.vector
     np.testing.assert_allclose(jnp.linalg.norm(defect), found.residual, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("diagonal", "expected"),
+    [
+        ([0.0, 0.0], 0.0),
+        ([-3.0, -3.0], -3.0),
+        ([-3.0], -3.0),
+        ([1e-30, 3e-30, 2e-30], 3e-30),
+    ],
+)
+def test_largest_eigenvalue_of_degenerate_matrices(diagonal, expected):
+    diagonal = jnp.array(diagonal, jnp.float32)
+    found = largest_eigenvalue(lambda v: diagonal * v, diagonal, jax.random.key(0))
+    np.testing.assert_allclose(found.value, expected, rtol=1e-4)
+
+
+def test_nan_curvature_bounds_nothing_silently():
+    assert jnp.isnan(stable_learning_rate(jnp.nan))
 
 
 def test_largest_eigenvalue_rejects_one_step():

@@ -174,9 +174,51 @@ def test_linen_through_train_state():
     chex.assert_trees_all_equal(restored.opt_state, state.opt_state)
 
 
+def test_a_forgotten_state_says_how_to_pass_it():
+    model, optimizer, _ = nnx_training()
+    grads = nnx.grad(nnx_loss)(model, BATCH)
+    with pytest.raises(
+        ValueError, match=r"got 0 further .*loss_args=rmtdamp.flax.loss"
+    ):
+        optimizer.update(model, grads, batch=BATCH)
+
+
+def test_curvature_batch_reaches_the_measurement():
+    model, optimizer, learner = nnx_training(every=None)
+    large = jax.tree.map(lambda x: jnp.concatenate([x, x + 1]), BATCH)
+    rmtdamp.flax.refresh_damping(
+        optimizer, learner, model, BATCH, curvature_batch=large
+    )
+    expected = moments(
+        learner.loss_fn,
+        nnx.as_pure(nnx.state(model, nnx.Param)),
+        large,
+        jax.random.fold_in(jax.random.key(0), 0),
+        loss_args=nnx.as_pure(rmtdamp.flax.loss_args(model)),
+        batch_size=32,
+    )
+    np.testing.assert_allclose(
+        value(optimizer, "measured_variance"), expected.variance, rtol=1e-4
+    )
+
+
+def test_train_state_keeps_what_flax_overwrites():
+    """fp8 scales ride in the gradients and replace the old ones."""
+    name = "_overwrite_with_gradient"
+    state = rmtdamp.flax.TrainState.create(
+        apply_fn=None,
+        params={"params": {"w": jnp.ones(2)}, name: {"scale": jnp.ones(1)}},
+        tx=optax.sgd(0.5),
+    )
+    grads = {"params": {"w": jnp.ones(2)}, name: {"scale": jnp.full(1, 7.0)}}
+    state = state.apply_gradients(grads=grads)
+    np.testing.assert_allclose(state.params["params"]["w"], 0.5)
+    np.testing.assert_allclose(state.params[name]["scale"], 7.0)
+
+
 def test_train_state_still_takes_plain_optax():
     state = rmtdamp.flax.TrainState.create(
-        apply_fn=None, params=jnp.ones(2), tx=optax.sgd(0.5)
+        apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.sgd(0.5)
     )
-    state = state.apply_gradients(grads=jnp.ones(2), extra_args={"batch": None})
-    np.testing.assert_allclose(state.params, 0.5)
+    state = state.apply_gradients(grads={"w": jnp.ones(2)}, extra_args={"batch": None})
+    np.testing.assert_allclose(state.params["w"], 0.5)

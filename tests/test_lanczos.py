@@ -99,6 +99,12 @@ def test_breakdown_gives_true_eigenvalues_and_nothing_else(
     assert jnp.all(weights[2:] == 0)
 
 
+def test_a_matvec_that_returns_its_argument():
+    found = lanczos(lambda v: v, normal(0), 3)
+    assert found.num_steps == 1
+    np.testing.assert_allclose(found.ritz()[0], 1)
+
+
 def test_zero_matrix():
     found = lanczos(jnp.zeros_like, normal(0), 5)
     assert found.num_steps == 1

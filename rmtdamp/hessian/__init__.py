@@ -6,6 +6,7 @@
 |---|---|
 | `hvp`, `hessian_matvec` | H v once, or many times at one point |
 | `ggn_matvec`, `fisher_matvec` | Gauss-Newton matrix; sampled and empirical Fisher |
+| `dataset_matvec`, `restrict` | over a data set; a layer's block |
 | `noise_matvec` | the noise of a batch's Hessian, from its two halves |
 | `moments` | nu, P^-1 Tr H^2 and the variance m of eq. 15, with its standard error |
 | `lanczos`, `eigsh`, `largest_eigenvalue` | Krylov basis, extreme eigenpairs |
@@ -16,6 +17,7 @@
 Vectors are pytrees like `params`; nothing is flattened. Needs JAX only.
 """
 
+from ._apply import dataset_matvec as dataset_matvec, restrict as restrict
 from ._check import check_loss as check_loss
 from ._eigsh import EigenPairs as EigenPairs, eigsh as eigsh
 from ._gauss_newton import fisher_matvec as fisher_matvec, ggn_matvec as ggn_matvec

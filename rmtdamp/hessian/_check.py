@@ -34,7 +34,7 @@ def check_loss(
         params: pytree of real floating arrays.
         batch: pytree of arrays with one leading axis, at least two examples.
         loss_args: further arguments of the loss.
-        rtol: allowed relative difference, above the rounding of the loss's dtype.
+        rtol: allowed difference, relative to the loss, on top of its dtype's rounding.
 
     Raises:
         TypeError: params that are not real floats, or a loss that is not a scalar.
@@ -71,7 +71,12 @@ def check_loss(
         )
     reverse = loss(slice(2 * half - 1, None, -1))
     halves = (loss(slice(0, half)) + loss(slice(half, 2 * half))) / 2
-    differs = lambda a: abs(a - whole) > rtol * max(abs(whole), abs(a))
+    # Rounding is relative to the losses that are summed, not to a mean of both signs:
+    # single examples give their size, and sixteen epsilons leave room for the sum.
+    dtype = jax.eval_shape(loss_fn, params, batch, *loss_args).dtype
+    each = [abs(loss(slice(i, i + 1))) for i in range(min(count, 8))]
+    allowed = rtol + 16 * float(jnp.finfo(dtype).eps)
+    differs = lambda a: abs(a - whole) > allowed * max(abs(whole), abs(a), *each)
     if differs(reverse):
         raise ValueError(
             f"loss_fn depends on the order of the examples ({whole:.6g}, reversed "
@@ -79,7 +84,7 @@ def check_loss(
             "evaluation mode"
         )
     if differs(halves):
-        if abs(2 * halves - whole) <= rtol * abs(whole):
+        if abs(2 * halves - whole) <= allowed * abs(whole):
             raise ValueError(
                 f"loss_fn sums over the batch: {whole:.6g} for {2 * half} examples, "
                 f"{halves:.6g} on average for {half}; return the mean, jnp.mean(losses)"

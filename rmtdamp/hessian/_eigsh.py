@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from rmtdamp._tree import check_params, norm, random_like, scale, size
 from rmtdamp._types import Key, Matvec, Params
 
-from ._lanczos import BREAKDOWN, apply, as_partial, combine, is_traced, project, widened
+from ._apply import is_traced, product, widened
+from ._lanczos import BREAKDOWN, combine, project
 
 Which = Literal["LA", "SA", "LM"]
 
@@ -47,10 +48,12 @@ def _orthogonal(basis, vector):
     return vector, first + second
 
 
-@functools.partial(jax.jit, donate_argnums=2)
-def _step(matvec, like, carry: _Carry, j, key) -> _Carry:
+_row = jax.jit(lambda basis, j: jax.tree.map(lambda q: q[j], basis))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _step(carry: _Carry, product: Params, j, key) -> _Carry:
     basis = carry.basis
-    product = apply(matvec, like, jax.tree.map(lambda q: q[j], basis))
     length = norm(product)
     rest, projections = _orthogonal(basis, product)
     beta = norm(rest)
@@ -171,7 +174,7 @@ def eigsh(
             "eigsh decides by its residuals when to stop, so it cannot be traced: call "
             "it outside jit, or take lanczos, which can"
         )
-    matvec, start_key = as_partial(matvec), jax.random.fold_in(key, 0)
+    start_key = jax.random.fold_in(key, 0)
     start = widened(random_like(start_key, like, jax.random.normal))
     start = scale(1 / norm(start), start)
     dtype = norm(start).dtype
@@ -186,9 +189,9 @@ def eigsh(
     spent, first = 0, 0
     while True:
         for j in range(first, m):
-            carry = _step(
-                matvec, like, carry, jnp.int32(j), jax.random.fold_in(key, spent + 1)
-            )
+            index = jnp.int32(j)
+            found = product(matvec, like, _row(carry.basis, index))
+            carry = _step(carry, found, index, jax.random.fold_in(key, spent + 1))
             spent += 1
         values, rows, residuals = _ritz(carry.matrix, carry.beta, which)
         done = bool(jnp.all(residuals[:k] <= relative * jnp.max(jnp.abs(values))))

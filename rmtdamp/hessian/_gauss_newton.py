@@ -216,7 +216,7 @@ def fisher_matvec(
         )
     outputs, model = _linearize_model(model_fn, params, inputs, loss_args, precision)
     _check_outputs(outputs, inputs)
-    if sample_fn is not None:
+    if sample_fn is not None and key is not None:
         targets = sample_fn(key, outputs)
     check_scalar(loss_fn, outputs, targets, ())
     middle = jax.tree_util.Partial(_outer, _loss_gradient(loss_fn, outputs, targets))

@@ -12,14 +12,12 @@ alpha and beta are zero: shapes stay, no step is wrong, and no host has to look.
 """
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 
 from rmtdamp._tree import (
-    accumulation_dtype,
     aligned,
     check_params,
     norm,
@@ -29,6 +27,8 @@ from rmtdamp._tree import (
     vdot,
 )
 from rmtdamp._types import Key, Matvec, Params
+
+from ._apply import is_traced, product, widened
 
 Reorthogonalization = Literal["none", "full", "twice"]
 _PASSES = {"none": 0, "full": 1, "twice": 2}
@@ -76,20 +76,7 @@ class _Carry(NamedTuple):
     last_beta: jax.Array  # ()
     alphas: jax.Array  # (num_steps,)
     betas: jax.Array  # (num_steps,)
-    basis: Params | None
     num_steps: jax.Array  # (), int32
-
-
-def as_partial(matvec: Matvec) -> Any:
-    """A matvec as a pytree, so that jitted code takes it as an argument."""
-    if isinstance(matvec, jax.tree_util.Partial):
-        return matvec
-    return jax.tree_util.Partial(matvec)
-
-
-def is_traced(*trees) -> bool:
-    """Whether any leaf is being traced."""
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees))
 
 
 def project(basis: Params, vector: Params) -> jax.Array:
@@ -109,24 +96,10 @@ def combine(coefficients: jax.Array, basis: Params) -> Params:
     )
 
 
-def widened(tree: Params) -> Params:
-    """`tree` in its accumulation dtype."""
-    dtype = accumulation_dtype(tree)
-    return jax.tree.map(lambda x: x.astype(dtype), tree)
-
-
-def apply(matvec: Matvec, like: Params, vector: Params) -> Params:
-    """The product, made in the dtypes of `like`, returned in those of `vector`."""
-    narrow = jax.tree.map(lambda x, l: x.astype(l.dtype), vector, like)
-    return jax.tree.map(lambda y, x: y.astype(x.dtype), matvec(narrow), vector)
-
-
-def _step(matvec, like, carry: _Carry, i, passes: int) -> tuple[_Carry, Params]:
+def _step(basis, carry: _Carry, product: Params, i, passes: int):
     vector, previous = carry.vector, carry.previous
-    basis = carry.basis
     if basis is not None:
         basis = jax.tree.map(lambda q, x: q.at[i].set(x), basis, vector)
-    product = apply(matvec, like, vector)
     alpha = vdot(vector, product)
     rest = jax.tree.map(
         lambda y, q, p: y - alpha.astype(y.dtype) * q - carry.last_beta * p,
@@ -150,13 +123,13 @@ def _step(matvec, like, carry: _Carry, i, passes: int) -> tuple[_Carry, Params]:
         last_beta=beta,
         alphas=carry.alphas.at[i].set(alpha),
         betas=carry.betas.at[i].set(beta),
-        basis=basis,
         num_steps=carry.num_steps + started.astype(jnp.int32),
     )
-    return carry, beta
+    return basis, carry
 
 
-_compiled_step = jax.jit(_step, static_argnames="passes", donate_argnums=2)
+# The basis alone is donated: a product may be the very buffer that it was made from.
+_compiled_step = jax.jit(_step, static_argnames="passes", donate_argnums=0)
 
 
 def lanczos(
@@ -234,22 +207,28 @@ def lanczos(
         last_beta=jnp.zeros_like(length),
         alphas=zeros,
         betas=jnp.zeros_like(zeros),
-        basis=jax.tree.map(lambda x: jnp.zeros((num_steps, *x.shape), x.dtype), wide)
-        if keep
-        else None,
         num_steps=jnp.zeros((), jnp.int32),
     )
-    matvec = as_partial(matvec)
-    if is_traced(matvec, start):
-        body = lambda i, carry: _step(matvec, start, carry, i, passes)[0]
-        carry = jax.lax.fori_loop(0, num_steps, body, carry)
+    empty = lambda x: jnp.zeros((num_steps, *x.shape), x.dtype)
+    basis = jax.tree.map(empty, wide) if keep else None
+    step = _step if is_traced(matvec, start) else _compiled_step
+
+    def take(i, state):
+        basis, carry = state
+        following = product(matvec, start, carry.vector)
+        return step(basis, carry, following, i, passes=passes)
+
+    state = basis, carry
+    if step is _step:
+        state = jax.lax.fori_loop(0, num_steps, take, state)
     else:
         for i in range(num_steps):
-            carry, _ = _compiled_step(matvec, start, carry, jnp.int32(i), passes=passes)
+            state = take(jnp.int32(i), state)
+    basis, carry = state
     return Tridiagonal(
         diagonal=carry.alphas,
         off_diagonal=carry.betas[:-1],
-        basis=carry.basis if keep else None,
+        basis=basis,
         residual=scale(carry.last_beta, carry.vector),
         residual_norm=carry.last_beta,
         num_steps=carry.num_steps,

@@ -50,7 +50,11 @@ class HessianMoments(NamedTuple):
 
     @property
     def dispersion(self) -> jax.Array:
-        """d^2 = P^-1 ||H - nu I||_F^2, how far the Hessian is from a multiple of I."""
+        """d^2 = P^-1 ||H - nu I||_F^2, how far the Hessian is from a multiple of I.
+
+        `square` is debiased and the square of `mean` is not: d^2 comes out low by the
+        variance of `mean`, which matters only where the Hessian is nearly nu I.
+        """
         return self.square - self.mean**2
 
     @property

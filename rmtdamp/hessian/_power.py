@@ -8,7 +8,6 @@ out is the algebraically largest eigenvalue, the one that bounds the learning ra
 from typing import NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 
 from rmtdamp._tree import (
@@ -22,6 +21,8 @@ from rmtdamp._tree import (
 )
 from rmtdamp._types import Key, Matvec, Params
 
+from ._apply import is_traced, product, widened
+
 
 class Eigenvalue(NamedTuple):
     """An eigenvalue estimate, its residual, and its unit vector."""
@@ -32,31 +33,44 @@ class Eigenvalue(NamedTuple):
 
 
 @jax.jit
-def _step(matvec, root, shift, vector):
-    """One product with M + shift, M = root H root, from a vector of any length."""
-    x = scale(1 / norm(vector), vector)
-    product = matvec(x if root is None else jax.tree.map(jnp.multiply, root, x))
+def _unit(root, vector):
+    """The vector at unit norm, and what the matvec is to see of it."""
+    # Entries near the ends of the exponent's range would vanish when squared; a
+    # product of zero (the matrix is zero, or the shift has made it so) stays zero.
+    largest = jnp.stack([jnp.max(jnp.abs(a)) for a in jax.tree.leaves(vector)]).max()
+    reciprocal = lambda a: jnp.where(a > 0, 1 / jnp.where(a > 0, a, 1), 0)
+    x = scale(reciprocal(largest), vector)
+    x = scale(reciprocal(norm(x)), x)
+    return x, (x if root is None else jax.tree.map(jnp.multiply, root, x))
+
+
+@jax.jit
+def _step(root, shift, x, found):
+    """M x + shift x and what it says of the eigenvalue, from `found` = H (root x)."""
     if root is not None:
-        product = jax.tree.map(jnp.multiply, root, product)
-    theta = vdot(x, product)
-    residual = norm(
-        jax.tree.map(lambda y, a: y - theta.astype(a.dtype) * a, product, x)
-    )
-    shifted = jax.tree.map(lambda y, a: y + shift.astype(a.dtype) * a, product, x)
+        found = jax.tree.map(jnp.multiply, root, found)
+    theta = vdot(x, found)
+    minus = lambda y, a: y - theta.astype(a.dtype) * a
+    residual = norm(jax.tree.map(minus, found, x))
+    shifted = jax.tree.map(lambda y, a: y + shift.astype(a.dtype) * a, found, x)
     return shifted, Eigenvalue(theta, residual, x)
 
 
-def _iterate(matvec, root, shift, vector, num_steps):
+def _iterate(matvec, like, root, shift, vector, num_steps):
     """`num_steps` products: from Python if nothing is traced, else in the graph."""
+
     # XLA:CPU runs convolutions inside a loop some thirty times slower, and an eager
     # loop of compiled steps never waits for the device.
-    vector, eigenvalue = _step(matvec, root, shift, vector)
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((matvec, vector))):
-        body = lambda _, carry: _step(matvec, root, shift, carry[0])
-        return jax.lax.fori_loop(1, num_steps, body, (vector, eigenvalue))
-    for _ in range(num_steps - 1):
-        vector, eigenvalue = _step(matvec, root, shift, vector)
-    return vector, eigenvalue
+    def take(_, carry):
+        x, seen = _unit(root, carry[0])
+        return _step(root, shift, x, product(matvec, like, seen))
+
+    carry = take(0, (vector, None))
+    if is_traced(matvec, vector):
+        return jax.lax.fori_loop(1, num_steps, take, carry)
+    for i in range(1, num_steps):
+        carry = take(i, carry)
+    return carry
 
 
 def largest_eigenvalue(
@@ -110,14 +124,18 @@ def largest_eigenvalue(
         raise ValueError(f"num_steps is {num_steps}, and at least 2 are needed")
     root = None
     if preconditioner is not None:
-        root = jax.tree.map(lambda d: 1 / jnp.sqrt(d), aligned(preconditioner, like))
-    if not isinstance(matvec, jax.tree_util.Partial):
-        matvec = jax.tree_util.Partial(matvec)
+        root = jax.tree.map(
+            lambda d: 1 / jnp.sqrt(d), widened(aligned(preconditioner, like))
+        )
     zero = jnp.zeros((), accumulation_dtype(like))
     first, second = jax.random.split(key)
-    vector = random_like(first, like, jax.random.normal)
-    vector, found = _iterate(matvec, root, zero, vector, num_steps // 2)
-    shift = jnp.maximum(-found.value, zero)
-    restart = random_like(second, like, jax.random.normal)
-    vector = jax.tree.map(lambda a, b: jnp.where(shift > 0, a, b), restart, vector)
-    return _iterate(matvec, root, shift, vector, num_steps - num_steps // 2)[1]
+    vector = widened(random_like(first, like, jax.random.normal))
+    vector, found = _iterate(matvec, like, root, zero, vector, num_steps // 2)
+    # Twice the negative eigenvalue: with it alone, -c I would become the zero matrix.
+    shift = jnp.maximum(-2 * found.value, zero)
+    silent = norm(vector) == 0  # H x = 0: start again
+    restart = widened(random_like(second, like, jax.random.normal))
+    vector = jax.tree.map(
+        lambda a, b: jnp.where((shift > 0) | silent, a, b), restart, vector
+    )
+    return _iterate(matvec, like, root, shift, vector, num_steps - num_steps // 2)[1]

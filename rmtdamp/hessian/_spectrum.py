@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from rmtdamp._tree import check_params, random_like, size
 from rmtdamp._types import Key, Matvec, Params
 
-from ._lanczos import Reorthogonalization, check_steps, is_traced, lanczos
+from ._apply import is_traced
+from ._lanczos import Reorthogonalization, check_steps, lanczos
 
 
 class Spectrum(NamedTuple):

@@ -20,7 +20,7 @@ Form = Literal["damping", "shrinkage"]
 def _cast_like(tree, like):
     """`tree` with the dtypes of `like`, leaf by leaf."""
     return jax.tree.map(
-        lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype),
+        lambda new, old: jnp.asarray(new).astype(jnp.result_type(old)),
         tree,
         like,
     )
@@ -84,8 +84,9 @@ def with_damping(
         bound.apply_defaults()
 
         def at(damping):
-            bound.arguments[argument] = damping
-            return factory(*bound.args, **bound.kwargs)
+            arguments = dict(bound.arguments) | {argument: damping}
+            fed = inspect.BoundArguments(signature, arguments)
+            return factory(*fed.args, **fed.kwargs)
 
         constant = bound.arguments[argument]
         init = at(constant).init

@@ -110,8 +110,10 @@ def auto_damping(
     """
     if not isinstance(learner, DampingLearner):
         learner = DampingLearner(learner)
-    if isinstance(every, int) and every < 1:
-        raise ValueError(f"every is {every}: take at least 1, or None for never")
+    if isinstance(every, int | float) and (every < 1 or every != int(every)):
+        raise ValueError(
+            f"every is {every}: take a whole number of at least 1, or None for never"
+        )
     inner = optax.with_extra_args_support(inner)
     checked = False
 
@@ -153,9 +155,10 @@ def auto_damping(
                     "tx.update(grads, state, params, batch=batch), or every=None and "
                     "refresh_damping by hand"
                 )
-            size = num_examples(data, "curvature_batch" if batch is None else "batch")
-            if batch is not None:
-                size = num_examples(batch)
+            size = num_examples(data if batch is None else batch)
+            num_examples(
+                data, "batch" if curvature_batch is None else "curvature_batch"
+            )
             arguments = (learner, learned, state.count, params, data, loss_args, size)
             if isinstance(every, int) and every == 1:
                 learned = _refresh(*arguments)

@@ -4,6 +4,7 @@ import dataclasses
 import warnings
 
 import jax
+import numpy as np
 
 from rmtdamp._tree import accumulation_dtype, num_examples
 from rmtdamp._types import Batch, Execution, LossFn, Params
@@ -149,7 +150,7 @@ class DampingLearner:
 
 def _check_range(name, value, inside, bound):
     # Traced values (inject_hyperparams, a learner passed through jit) cannot be judged.
-    if isinstance(value, int | float) and not inside(value):
+    if isinstance(value, int | float | np.number) and not inside(value):
         raise ValueError(f"{name} is {value}, and must be {bound}")
 
 

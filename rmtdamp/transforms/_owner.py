@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rmtdamp._tree import accumulation_dtype
@@ -80,7 +81,8 @@ def check_uses_damping(inner, updates, state, params, damping, extra_args) -> No
             "the transformation inside ignores `damping`, so setting or learning one "
             "would change nothing: take one that uses it (scale_by_adam_shrinkage, "
             "adam_shrinkage), or wrap an optax factory, "
-            "with_damping(optax.adam)(learning_rate)"
+            "with_damping(optax.adam)(learning_rate). (A wrapper inside that drops "
+            "extra arguments, as optax.MultiSteps does, hides it: put the owner in.)"
         )
 
 
@@ -117,7 +119,7 @@ def set_damping(
         >>> print(optax.tree.get(state, "damping"))
         1.0
     """
-    if isinstance(damping, int | float) and damping < 0:
+    if isinstance(damping, int | float | np.number) and damping < 0:
         raise ValueError(f"damping is {damping}, and must be at least 0")
     inner = optax.with_extra_args_support(inner)
     checked = False
@@ -132,8 +134,9 @@ def set_damping(
         count = jnp.zeros((), jnp.int32)
         return SetDampingState(
             count=count,
-            damping=jnp.asarray(at(count), dtype),
-            damping_target=jnp.asarray(target, dtype),
+            # Copies: a step that donates its state must not delete the arguments.
+            damping=jnp.array(at(count), dtype, copy=True),
+            damping_target=jnp.array(target, dtype, copy=True),
             inner_state=inner_state,
         )
 
