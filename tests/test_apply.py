@@ -14,6 +14,7 @@ from rmtdamp.hessian import (
     largest_eigenvalue,
     restrict,
     spectral_density,
+    trace,
 )
 
 PARAMS = mlp(jax.random.key(0))
@@ -53,6 +54,7 @@ def test_every_algorithm_takes_a_data_set():
     assert len(passes) == 6
     for find in (
         lambda m: eigsh(m, PARAMS, jax.random.key(1), k=2).eigenvalues,
+        lambda m: trace(m, PARAMS, jax.random.key(3), num_probes=4).value,
         lambda m: largest_eigenvalue(m, PARAMS, jax.random.key(0)).value,
         lambda m: (
             spectral_density(

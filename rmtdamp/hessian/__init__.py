@@ -9,6 +9,7 @@
 | `dataset_matvec`, `restrict` | over a data set; a layer's block |
 | `noise_matvec` | the noise of a batch's Hessian, from its two halves |
 | `moments` | nu, P^-1 Tr H^2 and the variance m of eq. 15, with its standard error |
+| `trace`, `diagonal` | Hutchinson, Hutch++, XTrace, with standard errors |
 | `lanczos`, `eigsh`, `largest_eigenvalue` | Krylov basis, extreme eigenpairs |
 | `spectral_density` | the whole spectrum as weighted points |
 | `check_loss` | is the loss a mean over independent examples, as `moments` needs? |
@@ -34,3 +35,4 @@ from ._spectrum import (
     noise_matvec as noise_matvec,
     spectral_density as spectral_density,
 )
+from ._trace import Estimate as Estimate, diagonal as diagonal, trace as trace
