@@ -199,7 +199,7 @@ def _leave_one_out(r, w, t, h, squares, dimension):
     residual = dot(s, r) * dot(s, w) - dot(t, x) + dot(x, multiply(h, x))
     # The normal vector's part off the basis, brought to its expected length.
     remaining = squares - dot(x, x)
-    rest = dimension - (jnp.sum(kept) - jnp.where(full, 1, 0)).astype(r.dtype)
+    rest = float(dimension) - (jnp.sum(kept) - jnp.where(full, 1, 0)).astype(r.dtype)
     residual = residual * rest / jnp.where(remaining > 0, remaining, 1)
     return jnp.trace(h) - dot(s, multiply(h, s)) + residual
 
@@ -336,9 +336,8 @@ def diagonal(
         >>> import jax, jax.numpy as jnp
         >>> from rmtdamp.hessian._trace import diagonal
         >>> scales = jnp.array([-4.0, 1.0, 3.0])
-        >>> diagonal(
-        ...     lambda v: scales * v, scales, jax.random.key(0), num_probes=1
-        ... ).value
+        >>> matvec = lambda v: scales * v
+        >>> diagonal(matvec, scales, jax.random.key(0), num_probes=1).value
         Array([-4.,  1.,  3.], dtype=float32)
 
     References:
