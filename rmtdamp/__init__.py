@@ -11,13 +11,15 @@ runs. One walk explains the package:
 | DECIDE | `rmtdamp.damping` | moments -> damping |
 | ACT | `rmtdamp.transforms` | damping -> preconditioned update, in optax |
 
-The random-matrix laws behind it are in `rmtdamp.rmt`. Doors: `rmtdamp.schedules`,
+The random-matrix laws behind it are in `rmtdamp.rmt`; `rmtdamp.outliers` tells a
+Hessian's eigenvalues from its noise. Doors: `rmtdamp.schedules`,
 `rmtdamp.flax`, and `python -m rmtdamp`.
 """
 
 from . import (
     damping as damping,
     hessian as hessian,
+    outliers as outliers,
     rmt as rmt,
     schedules as schedules,
 )

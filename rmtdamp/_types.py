@@ -16,3 +16,4 @@ Key = jax.Array
 LossFn = Callable[..., jax.Array]  # loss_fn(params, batch, *loss_args) -> mean loss, ()
 Matvec = Callable[[Params], Params]
 Execution = Literal["scan", "unroll", "vmap"]
+Mode = Literal["forward-over-reverse", "reverse-over-reverse"]

@@ -1,4 +1,6 @@
-"""Matvecs put together: over a data set, and for a part of the params."""
+"""Matvecs put together: over a data set, for a part of the params, as a difference."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,12 @@ from problems import dense_hessian, mlp, mlp_batch, mlp_loss
 from rmtdamp.hessian import (
     dataset_matvec,
     eigsh,
+    fisher_matvec,
+    ggn_matvec,
     hessian_matvec,
     lanczos,
     largest_eigenvalue,
+    noise_matvec,
     restrict,
     spectral_density,
     trace,
@@ -103,3 +108,47 @@ def test_restrict_by_function_and_by_nothing():
         ValueError, match=r"matches 'conv': choose from \[0\]\['bias'\]"
     ):
         restrict(matvec, PARAMS, "conv")
+
+
+def model(params, inputs):
+    for layer in params[:-1]:
+        inputs = jnp.tanh(inputs @ layer["kernel"] + layer["bias"][None])
+    return inputs @ params[-1]["kernel"] + params[-1]["bias"][None]
+
+
+def squared(outputs, targets):
+    return jnp.mean((outputs - jax.nn.one_hot(targets, 6, dtype=outputs.dtype)) ** 2)
+
+
+@pytest.mark.parametrize("matrix", [ggn_matvec, fisher_matvec])
+def test_other_matrices_over_a_data_set(matrix):
+    """Both are means over examples of what depends on one example only."""
+    loss = squared if matrix is ggn_matvec else lambda z, y: 6 * squared(z, y)
+    over = dataset_matvec(
+        loss, PARAMS, pieces(16, 13, 3), matvec_fn=functools.partial(matrix, model)
+    )
+    at_once = matrix(model, loss, PARAMS, WHOLE)
+    np.testing.assert_allclose(flat(over(VECTOR)), flat(at_once(VECTOR)), atol=1e-12)
+
+
+def test_noise_of_halves_and_of_a_batch_against_its_data_set():
+    first, second = pieces(16, 16)
+    a, b, whole = (
+        dense_hessian(mlp_loss, PARAMS, batch) for batch in (first, second, WHOLE)
+    )
+    matvec = lambda batch: hessian_matvec(mlp_loss, PARAMS, batch)
+    half = noise_matvec(matvec(first), matvec(second))
+    np.testing.assert_allclose(
+        flat(half(VECTOR)), (a - b) @ flat(VECTOR) / 2, atol=1e-12
+    )
+    # Eq. 6: the batch less the data set; with a data set the noise is eager, too.
+    data = dataset_matvec(mlp_loss, PARAMS, [first, second])
+    noise = noise_matvec(matvec(first), data, factor=1.0)
+    np.testing.assert_allclose(
+        flat(noise(VECTOR)), (a - whole) @ flat(VECTOR), atol=1e-12
+    )
+    block, part = restrict(noise, PARAMS, "bias")
+    assert len(jax.tree.leaves(block(part))) == 2
+    found = eigsh(noise, PARAMS, jax.random.key(4), k=1, which="LM")
+    exact = np.linalg.eigvalsh(a - whole)
+    np.testing.assert_allclose(abs(found.eigenvalues[0]), abs(exact).max(), rtol=1e-6)

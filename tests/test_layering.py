@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "rmtdamp"
 # A room may import what stands to its left.
-LAYERS = ["_types", "_tree", "hessian", "rmt", "damping", "transforms"]
-DOORS = {"schedules", "flax", "demo", "__main__", "__init__"}
+LAYERS = ["_types", "_tree", "hessian", "rmt", "damping", "outliers", "transforms"]
+DOORS = {"schedules", "flax", "plot", "demo", "__main__", "__init__"}
 OPTAX_ALLOWED = {"transforms", "flax", "demo"}
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from problems import dense_hessian, mlp, mlp_batch, mlp_loss
 
-from rmtdamp.hessian import hessian_matvec, hvp
+from rmtdamp import DampingLearner
+from rmtdamp.hessian import hessian_matvec, hvp, moments
 
 PARAMS = mlp(jax.random.key(0))
 BATCH = mlp_batch(jax.random.key(1))
@@ -127,3 +128,81 @@ def test_wrong_loss_and_params(product):
         product(lambda p, b: p * b, jnp.ones(2), jnp.ones(2), *rest)
     with pytest.raises(TypeError, match="params is int64"):
         product(lambda p, b: p.sum(), jnp.arange(2), jnp.ones(2), *rest)
+
+
+@jax.custom_vjp
+def custom(x):
+    return jnp.tanh(x)
+
+
+# The forward rule calls the function itself, as attention kernels' do.
+custom.defvjp(lambda x: (custom(x),) * 2, lambda y, g: (g * (1 - y**2),))
+
+
+@jax.custom_vjp
+def looped(x):
+    return jnp.tanh(x)
+
+
+def square_in_a_loop(y):
+    step = lambda carry: (carry[0] + 1, carry[1] * y)
+    return jax.lax.while_loop(lambda c: c[0] < 2, step, (0, jnp.ones_like(y)))[1]
+
+
+looped.defvjp(
+    lambda x: (jnp.tanh(x),) * 2, lambda y, g: (g * (1 - square_in_a_loop(y)),)
+)
+
+
+def loss_with(activation):
+    def loss(params, batch):
+        return jnp.mean(jnp.sum(activation(batch @ params) ** 2, axis=1))
+
+    return loss
+
+
+CUSTOM, LOOPED, PLAIN = map(loss_with, (custom, looped, jnp.tanh))
+WEIGHTS = jax.random.normal(jax.random.key(5), (3, 2))
+INPUTS = jax.random.normal(jax.random.key(6), (8, 3))
+
+
+@pytest.mark.parametrize(
+    ("loss", "mode"),
+    [
+        (PLAIN, "reverse-over-reverse"),
+        (CUSTOM, "reverse-over-reverse"),
+        (LOOPED, "forward-over-reverse"),
+    ],
+    ids=["plain", "custom VJP", "loop in its gradient"],
+)
+def test_modes_agree(loss, mode):
+    vector = jnp.arange(6.0).reshape(3, 2)
+    exact = hvp(PLAIN, WEIGHTS, INPUTS, vector)
+    once = hvp(loss, WEIGHTS, INPUTS, vector, mode=mode)
+    many = hessian_matvec(loss, WEIGHTS, INPUTS, mode=mode)(vector)
+    np.testing.assert_allclose(once, exact, atol=1e-12)
+    np.testing.assert_allclose(many, exact, atol=1e-12)
+    measure = lambda loss, **options: moments(
+        loss, WEIGHTS, INPUTS, jax.random.key(7), num_microbatches=2, **options
+    )
+    np.testing.assert_allclose(
+        measure(loss, mode=mode).variance, measure(PLAIN).variance, rtol=1e-12
+    )
+
+
+def test_a_loss_that_cannot_be_differentiated_names_the_other_mode():
+    reverse, forward = "reverse-over-reverse", "forward-over-reverse"
+    for product in (hessian_matvec, lambda *args, **kw: hvp(*args, WEIGHTS, **kw)):
+        with pytest.raises(TypeError, match=rf'custom VJP .* pass mode="{reverse}"'):
+            product(CUSTOM, WEIGHTS, INPUTS)
+        with pytest.raises(ValueError, match=rf'unknown length.*pass mode="{forward}"'):
+            product(LOOPED, WEIGHTS, INPUTS, mode=reverse)
+        with pytest.raises(ValueError, match=r"mode is 'reverse': choose from forward"):
+            product(PLAIN, WEIGHTS, INPUTS, mode="reverse")
+    learner = DampingLearner(CUSTOM, num_microbatches=2)
+    step = jnp.zeros((), jnp.int32)
+    arguments = learner.init(WEIGHTS), step, WEIGHTS, INPUTS, (), 8
+    with pytest.raises(TypeError, match=rf'pass mode="{reverse}"'):
+        learner.refresh(*arguments)
+    learner = DampingLearner(CUSTOM, num_microbatches=2, mode=reverse)
+    assert learner.refresh(*arguments).measured_variance > 0

@@ -7,9 +7,10 @@
 | `hvp`, `hessian_matvec` | H v once, or many times at one point |
 | `ggn_matvec`, `fisher_matvec` | Gauss-Newton matrix; sampled and empirical Fisher |
 | `dataset_matvec`, `restrict` | over a data set; a layer's block |
-| `noise_matvec` | the noise of a batch's Hessian, from its two halves |
+| `noise_matvec` | a batch Hessian's noise: of its halves, or against the data set |
 | `moments` | nu, P^-1 Tr H^2 and the variance m of eq. 15, with its standard error |
 | `trace`, `diagonal` | Hutchinson, Hutch++, XTrace, with standard errors |
+| `frobenius_norm` | (Tr H^2)^1/2, with its standard error |
 | `lanczos`, `eigsh`, `largest_eigenvalue` | Krylov basis, extreme eigenpairs |
 | `spectral_density` | the whole spectrum as weighted points |
 | `check_loss` | is the loss a mean over independent examples, as `moments` needs? |
@@ -20,9 +21,11 @@ Vectors are pytrees like `params`; nothing is flattened. Needs JAX only.
 
 from ._apply import dataset_matvec as dataset_matvec, restrict as restrict
 from ._check import check_loss as check_loss
-from ._eigsh import EigenPairs as EigenPairs, eigsh as eigsh
+from ._eigsh import eigsh as eigsh
+from ._frobenius import frobenius_norm as frobenius_norm
 from ._gauss_newton import fisher_matvec as fisher_matvec, ggn_matvec as ggn_matvec
 from ._lanczos import (
+    EigenPairs as EigenPairs,
     Tridiagonal as Tridiagonal,
     check_symmetric as check_symmetric,
     lanczos as lanczos,

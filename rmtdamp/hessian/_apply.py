@@ -8,9 +8,9 @@ object. A `HostMatvec` drives compiled calls of its own, one per batch of a data
 and is left to do so.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.core
@@ -45,41 +45,55 @@ def product(matvec: Matvec, like: Params, vector: Params) -> Params:
     """A v, made in the dtypes of `like`, returned in those of `vector`."""
     if isinstance(matvec, HostMatvec):
         return _narrow_and_widen(matvec, like, vector)
-    if not isinstance(matvec, jax.tree_util.Partial):
-        matvec = jax.tree_util.Partial(matvec)
-    return _compiled(matvec, like, vector)
+    return _compiled(_as_partial(matvec), like, vector)
 
 
 class HostMatvec:
-    """The Hessian over a data set: v -> sum_i (n_i / N) H_i v over its batches."""
+    """A matvec that runs in Python and drives compiled calls of its own."""
 
-    def __init__(self, loss_fn, params, batches, loss_args, wrap, precision):
-        self._product = lambda batch, vector: hvp(
-            loss_fn, params, batch, vector, loss_args=loss_args, precision=precision
-        )
-        self._batches = batches
-        self._wrap = wrap
+    def __init__(self, function: Matvec):
+        self._function = function
 
     def __call__(self, vector: Params) -> Params:
-        """One pass over the data."""
+        """A v."""
         if is_traced(vector):
             raise ValueError(
                 "a data set's matvec reads batches as it goes, so it cannot be traced: "
                 "call it outside jit"
             )
-        dtype = accumulation_dtype(vector)
-        total = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), dtype), vector)
-        seen = 0
-        for batch in self._wrap(self._batches):
-            count = num_examples(batch)
-            total = _add(total, self._product(batch, vector), count)
-            seen += count
-        if seen == 0:
-            raise ValueError(
-                "batches gave no batch on this pass: hand over something that can be "
-                "read again and again, such as a list or a loader, not a generator"
-            )
-        return jax.tree.map(lambda t, x: (t / seen).astype(x.dtype), total, vector)
+        return self._function(vector)
+
+
+def composed(function: Callable[..., Params], matvecs: tuple, *arrays) -> Matvec:
+    """A matvec out of others: v -> function(*matvecs, *arrays, v)."""
+    # Compiled by who uses it, or run in Python where a part of it must be.
+    if any(isinstance(matvec, HostMatvec) for matvec in matvecs):
+        return HostMatvec(functools.partial(function, *matvecs, *arrays))
+    return jax.tree_util.Partial(function, *map(_as_partial, matvecs), *arrays)
+
+
+def _as_partial(matvec: Matvec) -> jax.tree_util.Partial:
+    """A matvec that may be an argument of a compiled function."""
+    if isinstance(matvec, jax.tree_util.Partial):
+        return matvec
+    return jax.tree_util.Partial(matvec)
+
+
+def _pass_over(batches, product, wrap, vector):
+    """sum_i (n_i / N) product(batch_i, v), one pass over the data."""
+    dtype = accumulation_dtype(vector)
+    total = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), dtype), vector)
+    seen = 0
+    for batch in wrap(batches):
+        count = num_examples(batch)
+        total = _add(total, product(batch, vector), count)
+        seen += count
+    if seen == 0:
+        raise ValueError(
+            "batches gave no batch on this pass: hand over something that can be "
+            "read again and again, such as a list or a loader, not a generator"
+        )
+    return jax.tree.map(lambda t, x: (t / seen).astype(x.dtype), total, vector)
 
 
 @jax.jit
@@ -94,6 +108,7 @@ def dataset_matvec(
     batches: Iterable[Batch],
     *,
     loss_args: tuple = (),
+    matvec_fn: Callable[..., Matvec] | None = None,
     wrap: Callable[[Iterable], Iterable] = iter,
     precision: str | None = "highest",
 ) -> HostMatvec:
@@ -114,6 +129,10 @@ def dataset_matvec(
         batches: the batches, something that can be iterated again at each product: a
             list, a loader, not a generator.
         loss_args: further arguments of the loss.
+        matvec_fn: another matrix in place of the Hessian, `matvec_fn(loss_fn, params,
+            batch, loss_args=, precision=)`, averaged over batches likewise:
+            `functools.partial(ggn_matvec, model_fn)`, the same of `fisher_matvec`, or
+            `functools.partial(hessian_matvec, mode="reverse-over-reverse")`.
         wrap: put around `batches` at each pass, for a progress bar
             (`wrap=rich.progress.track` or `wrap=tqdm.tqdm`).
         precision: matmul precision; None leaves the global setting.
@@ -138,7 +157,14 @@ def dataset_matvec(
         [0.75 0.75]
     """
     check_params(params)
-    return HostMatvec(loss_fn, params, batches, loss_args, wrap, precision)
+    options = {"loss_args": loss_args, "precision": precision}
+
+    def product(batch, vector):
+        if matvec_fn is None:
+            return hvp(loss_fn, params, batch, vector, **options)
+        return matvec_fn(loss_fn, params, batch, **options)(vector)
+
+    return HostMatvec(functools.partial(_pass_over, batches, product, wrap))
 
 
 def restrict(
@@ -180,13 +206,7 @@ def restrict(
         raise ValueError(
             f"no path of params matches {select!r}: choose from {', '.join(paths[:8])}"
         )
-    if isinstance(matvec, HostMatvec):
-        block: Any = _HostBlock(matvec, params)
-    else:
-        if not isinstance(matvec, jax.tree_util.Partial):
-            matvec = jax.tree_util.Partial(matvec)
-        block = jax.tree_util.Partial(_block_product, matvec, params)
-    return block, part
+    return composed(_block_product, (matvec,), params), part
 
 
 def _block_product(matvec, params, vector):
@@ -194,11 +214,3 @@ def _block_product(matvec, params, vector):
     fill = lambda p, v: jnp.zeros_like(p) if v is None else v
     whole = matvec(jax.tree.map(fill, params, vector))
     return jax.tree.map(lambda y, v: None if v is None else y, whole, vector)
-
-
-class _HostBlock(HostMatvec):
-    def __init__(self, matvec, params):
-        self._matvec, self._params = matvec, params
-
-    def __call__(self, vector: Params) -> Params:
-        return _block_product(self._matvec, self._params, vector)

@@ -10,7 +10,7 @@ basis, so that multiple eigenvalues come out as often as they occur.
 """
 
 import functools
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +19,15 @@ from rmtdamp._tree import check_params, norm, random_like, scale, size
 from rmtdamp._types import Key, Matvec, Params
 
 from ._apply import is_traced, product, widened
-from ._lanczos import BREAKDOWN, combine, project
-
-Which = Literal["LA", "SA", "LM"]
-
-
-class EigenPairs(NamedTuple):
-    """Eigenvalues in the order asked for, with vectors and residuals."""
-
-    eigenvalues: jax.Array  # (k,), theta
-    eigenvectors: Params  # leading axis k, x of unit norm
-    residuals: jax.Array  # (k,), ||A x - theta x||: an eigenvalue lies this near
-    num_products: int  # products spent
+from ._lanczos import (
+    BREAKDOWN,
+    EigenPairs,
+    Which,
+    check_which,
+    combine,
+    project,
+    wanted_first,
+)
 
 
 class _Carry(NamedTuple):
@@ -77,8 +74,7 @@ def _ritz(matrix, beta, which: Which):
     """Ritz values and coefficient rows, the wanted ones first, and their residuals."""
     # Column j was made when only the basis up to j stood: its lower part is missing.
     values, vectors = jnp.linalg.eigh(jnp.triu(matrix) + jnp.triu(matrix, 1).T)
-    wanted = {"LA": -values, "SA": values, "LM": -jnp.abs(values)}[which]
-    order = jnp.argsort(wanted)
+    order = wanted_first(values, which)
     values, rows = values[order], vectors.T[order]
     # What rounding alone leaves; the recursion's own figure can fall below it.
     floor = jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
@@ -153,8 +149,7 @@ def eigsh(
     """
     check_params(like)
     p = size(like)
-    if which not in ("LA", "SA", "LM"):
-        raise ValueError(f"which is {which!r}: choose from LA, SA, LM")
+    check_which(which)
     if not 1 <= k <= p:
         raise ValueError(f"k is {k}, and must lie between 1 and the {p} parameters")
     m = min(p, max(2 * k + 1, 20)) if basis_size is None else basis_size

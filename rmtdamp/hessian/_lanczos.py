@@ -31,9 +31,34 @@ from rmtdamp._types import Key, Matvec, Params
 from ._apply import is_traced, product, widened
 
 Reorthogonalization = Literal["none", "full", "twice"]
+Which = Literal["LA", "SA", "LM"]
 _PASSES = {"none": 0, "full": 1, "twice": 2}
 # Products are sums of many rounded terms, so their error is tens of epsilons.
 BREAKDOWN = 64
+
+
+class EigenPairs(NamedTuple):
+    """Eigenvalues in the order asked for, with vectors and residuals."""
+
+    eigenvalues: jax.Array  # (k,), theta
+    eigenvectors: Params  # leading axis k, x of unit norm
+    residuals: jax.Array  # (k,), ||A x - theta x||: an eigenvalue lies this near
+    num_products: int  # products spent
+
+
+def check_which(which: str) -> None:
+    """Refuse an unknown end of the spectrum.
+
+    Raises:
+        ValueError: `which` is none of SciPy's words for it that are known here.
+    """
+    if which not in ("LA", "SA", "LM"):
+        raise ValueError(f"which is {which!r}: choose from LA, SA, LM")
+
+
+def wanted_first(values: jax.Array, which: Which) -> jax.Array:
+    """The order that puts the largest, smallest or largest in magnitude first."""
+    return jnp.argsort({"LA": -values, "SA": values, "LM": -jnp.abs(values)}[which])
 
 
 class Tridiagonal(NamedTuple):
@@ -59,6 +84,51 @@ class Tridiagonal(NamedTuple):
             and sum to 1. After breakdown the last Ritz value is repeated, with share 0:
             no value appears that is not one.
         """
+        values, vectors = self._decomposed()
+        return values, vectors[0] ** 2
+
+    def eigenpairs(self, k: int, which: Which = "LA") -> EigenPairs:
+        """Ritz pairs, each with its residual |beta_last s_last|.
+
+        s_last is the last entry of an eigenvector of T.
+
+        Args:
+            k: how many, at most the steps asked of `lanczos`.
+            which: "LA", "SA" or "LM", as in `eigsh`.
+
+        Returns:
+            `EigenPairs`. After breakdown there may be fewer than k: the rest are the
+            last of them again, with a zero vector and an infinite residual.
+
+        Raises:
+            ValueError: k out of its range, an unknown `which`, or no basis.
+        """
+        check_which(which)
+        num_steps = self.diagonal.shape[0]
+        if not 1 <= k <= num_steps:
+            raise ValueError(
+                f"k is {k}, and the decomposition has {num_steps} steps: ask lanczos "
+                "for at least k"
+            )
+        if self.basis is None:
+            raise ValueError(
+                "the decomposition has no basis, so it has no Ritz vectors: pass "
+                "keep_basis=True to lanczos"
+            )
+        values, vectors = self._decomposed()
+        exists = jnp.any(vectors != 0, axis=0)
+        # Padding stands last, whatever its value repeats.
+        order = wanted_first(values, which)
+        order = order[jnp.argsort(~exists[order], stable=True)][:k]
+        rows, exists = vectors.T[order], exists[order]
+        last = jnp.take(rows, self.num_steps - 1, axis=1)
+        residuals = jnp.where(exists, jnp.abs(self.residual_norm * last), jnp.inf)
+        return EigenPairs(
+            values[order], combine(rows, self.basis), residuals, num_steps
+        )
+
+    def _decomposed(self) -> tuple[jax.Array, jax.Array]:
+        """Eigenvalues of T, ascending, and its eigenvectors as columns."""
         steps = jnp.arange(self.diagonal.shape[0], dtype=jnp.int32)
         valid = steps < self.num_steps
         # Above every Ritz value (Gershgorin), so that the padding sorts to the end.
@@ -67,7 +137,7 @@ class Tridiagonal(NamedTuple):
         padding = jnp.diag(jnp.where(valid, 0, above))
         values, vectors = jnp.linalg.eigh(self.matrix() + padding)
         values = jnp.where(valid, values, values[self.num_steps - 1])
-        return values, jnp.where(valid, vectors[0] ** 2, 0)
+        return values, jnp.where(valid[None], vectors, 0)
 
 
 class _Carry(NamedTuple):

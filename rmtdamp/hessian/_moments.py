@@ -28,9 +28,15 @@ from rmtdamp._tree import (
     size,
     vdot,
 )
-from rmtdamp._types import Batch, Execution, Key, LossFn, Params
+from rmtdamp._types import Batch, Execution, Key, LossFn, Mode, Params
 
-from ._products import check_scalar, jvp_of_grad, matmul_precision
+from ._products import (
+    check_differentiable,
+    check_mode,
+    check_scalar,
+    hessian_product,
+    matmul_precision,
+)
 
 _EXECUTIONS = ("scan", "unroll", "vmap")
 
@@ -136,6 +142,7 @@ def _spread(product, like: Params, parts: Batch, num, execution, stderr, dtype):
         "batch_size",
         "execution",
         "precision",
+        "mode",
         "stderr",
     ),
 )
@@ -150,6 +157,7 @@ def _moments(
     batch_size,
     execution,
     precision,
+    mode,
     stderr,
 ):
     n, b = num_microbatches, num_examples(batch) // num_microbatches
@@ -158,6 +166,7 @@ def _moments(
     parts = jax.tree.map(lambda x: jnp.reshape(x, (b, n, *x.shape[1:])), batch)
     microbatch = jax.tree.map(lambda x: x[:, 0], parts)
     check_scalar(loss_fn, params, microbatch, loss_args)
+    check_differentiable(loss_fn, params, microbatch, loss_args, mode)
     if execution is None:
         execution = default_execution(loss_fn, params, microbatch, loss_args)
 
@@ -166,7 +175,9 @@ def _moments(
         # quadratic forms by P. Rademacher signs have the least variance of all probes
         # with independent entries.
         probe = random_like(probe_key, params, jax.random.rademacher)
-        product = lambda part: jvp_of_grad(loss_fn, params, part, probe, loss_args)
+        product = lambda part: hessian_product(
+            loss_fn, params, part, probe, loss_args, mode
+        )
         with matmul_precision(precision):
             mean, total, terms = _spread(
                 product, params, parts, n, execution, stderr, dtype
@@ -215,6 +226,7 @@ def moments(
     batch_size: int | None = None,
     execution: Execution | None = None,
     precision: str | None = "highest",
+    mode: Mode = "forward-over-reverse",
     stderr: bool = True,
 ) -> HessianMoments:
     r"""Mean, mean square and sampling variance of the Hessian, from one batch.
@@ -259,6 +271,7 @@ def moments(
             runs some thirty times slower inside a loop, else "scan", which measured
             fastest; on accelerators "vmap", which fills them.
         precision: matmul precision; None leaves the global setting.
+        mode: how products are differentiated, see `hvp`.
         stderr: whether to compute `microbatch_stderr`; without it (NaN) `moments` is
             two to four times faster on a CPU.
 
@@ -273,7 +286,7 @@ def moments(
         TypeError: params that are not real floats, or a loss that is not a scalar.
         ValueError: an empty batch, unequal leading axes, fewer than two microbatches,
             a number of microbatches that does not divide the batch, fewer than one
-            probe, or an unknown `execution`.
+            probe, or an unknown `execution` or `mode`.
 
     Example:
         A loss whose Hessian is diag(batch mean); each entry has variance 1/B:
@@ -323,6 +336,7 @@ def moments(
             f"execution is {execution!r}: choose from {', '.join(_EXECUTIONS)}, or "
             "None for the rule that the documentation states"
         )
+    check_mode(mode)
     return _moments(
         loss_fn,
         params,
@@ -334,5 +348,6 @@ def moments(
         count if batch_size is None else batch_size,
         execution,
         precision,
+        mode,
         stderr,
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from rmtdamp._tree import check_params, random_like, size
 from rmtdamp._types import Key, Matvec, Params
 
-from ._apply import is_traced
+from ._apply import composed, is_traced
 from ._lanczos import Reorthogonalization, check_steps, lanczos
 
 
@@ -125,23 +125,38 @@ def spectral_density(
     return Spectrum(nodes, weights, size(like))
 
 
-def noise_matvec(first: Matvec, second: Matvec) -> Matvec:
-    """Half the difference of two products: the noise of a batch's Hessian.
+def noise_matvec(first: Matvec, second: Matvec, *, factor: float = 0.5) -> Matvec:
+    """A multiple of the difference of two products: the noise of a batch's Hessian.
 
-    v -> (A v - B v) / 2. With H_a and H_b the Hessians of two halves of a batch, the
-    batch's is H = (H_a + H_b) / 2, and (H_a - H_b) / 2 has the law of its noise H - E H
-    when examples are independent: the measured stand-in for eq. 6's X, against which
-    outliers of H can be judged without assuming a semicircle.
+    v -> factor (A v - B v).
+
+    - Two halves of a batch, factor 1/2: with H_a and H_b their Hessians the batch's is
+      H = (H_a + H_b) / 2, and (H_a - H_b) / 2 has the variance of its noise H - E H
+      when examples are independent: the measured stand-in for eq. 6's X.
+    - A batch and its data set (`dataset_matvec`), factor 1: eq. 6's X itself.
 
     Args:
-        first: product with the Hessian of one half.
-        second: product with the Hessian of the other.
+        first: product with the Hessian of one half, or of the batch.
+        second: product with the Hessian of the other half, or of the data set.
+        factor: what the difference is multiplied by.
 
     Returns:
-        A matvec, a `jax.tree_util.Partial`.
+        A matvec: eager where one of the two is, else a `jax.tree_util.Partial`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.hessian import noise_matvec
+        >>> noise = noise_matvec(lambda v: 3 * v, lambda v: 2 * v)
+        >>> print(noise(jnp.ones(2)))
+        [0.5 0.5]
+
+    References:
+        Granziol and Baskerville, eq. 6.
     """
-    return jax.tree_util.Partial(_half_difference, first, second)
+    return composed(_difference, (first, second), jnp.float32(factor))
 
 
-def _half_difference(first, second, vector):
-    return jax.tree.map(lambda a, b: (a - b) / 2, first(vector), second(vector))
+def _difference(first, second, factor, vector):
+    return jax.tree.map(
+        lambda a, b: factor.astype(a.dtype) * (a - b), first(vector), second(vector)
+    )

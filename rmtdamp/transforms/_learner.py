@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from rmtdamp._tree import accumulation_dtype, num_examples
-from rmtdamp._types import Batch, Execution, LossFn, Params
+from rmtdamp._types import Batch, Execution, LossFn, Mode, Params
 from rmtdamp.damping import (
     DampingRule,
     LearnedDamping,
@@ -47,6 +47,7 @@ class DampingLearner:
             the same on every device and after a restart.
         execution: how microbatches run, see `rmtdamp.hessian.moments`.
         precision: matmul precision of the measurement.
+        mode: how products are differentiated, see `rmtdamp.hessian.hvp`.
 
     Raises:
         ValueError: a number out of its range.
@@ -64,6 +65,7 @@ class DampingLearner:
     seed: jax.typing.ArrayLike = 0
     execution: Execution | None = None
     precision: str | None = "highest"
+    mode: Mode = "forward-over-reverse"
 
     def __post_init__(self):
         if not callable(self.loss_fn):
@@ -122,6 +124,7 @@ class DampingLearner:
             batch_size=self.batch_size or batch_size,
             execution=self.execution,
             precision=self.precision,
+            mode=self.mode,
             stderr=False,  # nobody reads it here, and it costs n vectors of memory
         )
         return learn_damping(
@@ -159,6 +162,6 @@ jax.tree_util.register_dataclass(
     data_fields=["floor", "decay", "max_damping", "seed"],
     meta_fields=[
         "loss_fn", "rule", "num_microbatches", "num_probes", "batch_size",
-        "execution", "precision",
+        "execution", "precision", "mode",
     ],
 )  # fmt: skip
