@@ -7,6 +7,7 @@ import pytest
 from problems import dense_hessian, mlp, mlp_batch, mlp_loss
 
 from rmtdamp.hessian import (
+    Spectrum,
     check_symmetric,
     eigsh,
     hessian_matvec,
@@ -196,10 +197,11 @@ def test_density_moments_match_dense_moments():
     matvec = hessian_matvec(mlp_loss, PARAMS, BATCH)
     hessian = dense_hessian(mlp_loss, PARAMS, BATCH)
     z_scores = {order: [] for order in (1, 2, 3)}
+    find = lambda m, key: spectral_density(m, PARAMS, key, num_steps=10, num_probes=8)
+    compiled = jax.jit(lambda m, key: find(m, key)[:2])
     for seed in range(60):
-        spectrum = spectral_density(
-            matvec, PARAMS, jax.random.key(seed), num_steps=10, num_probes=8
-        )
+        nodes, weights = compiled(matvec, jax.random.key(seed))
+        spectrum = Spectrum(nodes, weights, P)
         assert spectrum.nodes.shape == spectrum.weights.shape == (8, 10)
         np.testing.assert_allclose(spectrum.weights.sum(1), 1, rtol=1e-10)
         np.testing.assert_allclose(spectrum.moment(0)[0], 1, rtol=1e-10)
@@ -310,3 +312,36 @@ def test_check_symmetric():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+def test_ritz_pairs_have_the_residuals_they_say(which):
+    matrix = with_spectrum(np.linspace(-4, 5, 30))
+    matvec = jax.tree_util.Partial(jnp.matmul, matrix)
+    found = lanczos(matvec, jax.random.normal(jax.random.key(21), (30,)), 12)
+    pairs = found.eigenpairs(4, which)
+    order = {"LA": lambda x: -x, "SA": lambda x: x, "LM": lambda x: -abs(x)}[which]
+    values, x = pairs.eigenvalues, pairs.eigenvectors
+    np.testing.assert_array_equal(values, sorted(values, key=order))
+    np.testing.assert_allclose(x @ x.T, np.eye(4), atol=1e-12)
+    residuals = np.linalg.norm(x @ matrix - values[:, None] * x, axis=1)
+    np.testing.assert_allclose(pairs.residuals, residuals, atol=1e-12)
+
+
+def test_ritz_pairs_after_breakdown_and_beyond_what_was_asked():
+    diagonal = jnp.where(jnp.arange(9) < 3, -5.0, 2.0)
+    matvec = jax.tree_util.Partial(jnp.multiply, diagonal)
+    found = lanczos(matvec, jnp.ones(9), 6)
+    pairs = found.eigenpairs(3, "LM")
+    np.testing.assert_allclose(pairs.eigenvalues[:2], [-5, 2])
+    np.testing.assert_array_equal(pairs.eigenvectors[2], np.zeros(9))
+    assert np.isinf(pairs.residuals[2])
+    with pytest.raises(
+        ValueError, match=r"k is 7, and the decomposition has 6 steps: ask"
+    ):
+        found.eigenpairs(7)
+    with pytest.raises(ValueError, match=r"which is 'BE': choose from LA, SA, LM"):
+        found.eigenpairs(1, "BE")
+    bare = lanczos(matvec, jnp.ones(9), 2, reorthogonalization="none")
+    with pytest.raises(ValueError, match=r"no basis, .* pass keep_basis=True"):
+        bare.eigenpairs(1)
