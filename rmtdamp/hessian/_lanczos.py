@@ -140,9 +140,7 @@ class Tridiagonal(NamedTuple):
         return values, jnp.where(valid[None], vectors, 0)
 
 
-class _Carry(NamedTuple):
-    vector: Params  # q_i, or 0 after breakdown
-    previous: Params  # q_{i-1}
+class _Entries(NamedTuple):
     last_beta: jax.Array  # ()
     alphas: jax.Array  # (num_steps,)
     betas: jax.Array  # (num_steps,)
@@ -166,13 +164,13 @@ def combine(coefficients: jax.Array, basis: Params) -> Params:
     )
 
 
-def _step(basis, carry: _Carry, product: Params, i, passes: int):
-    vector, previous = carry.vector, carry.previous
+def _step(basis, previous, vector, product, entries: _Entries, i, passes: int):
+    """q_{i+1}, or 0 after breakdown, from q_{i-1}, q_i and A q_i."""
     if basis is not None:
         basis = jax.tree.map(lambda q, x: q.at[i].set(x), basis, vector)
-    alpha = vdot(vector, product)
+    alpha, last_beta = vdot(vector, product), entries.last_beta
     rest = jax.tree.map(
-        lambda y, q, p: y - alpha.astype(y.dtype) * q - carry.last_beta * p,
+        lambda y, q, p: y - alpha.astype(y.dtype) * q - last_beta * p,
         product,
         vector,
         previous,
@@ -182,24 +180,23 @@ def _step(basis, carry: _Carry, product: Params, i, passes: int):
         rest = jax.tree.map(jnp.subtract, rest, correction)
     beta = norm(rest)
     # (alpha^2 + last_beta^2 + beta^2)^1/2, the norm of the product
-    local = jnp.hypot(jnp.hypot(alpha, carry.last_beta), beta)
+    local = jnp.hypot(jnp.hypot(alpha, last_beta), beta)
     alive = beta > BREAKDOWN * jnp.finfo(beta.dtype).eps * local
     beta = jnp.where(alive, beta, 0)
     started = norm(vector) > 0
     following = scale(jnp.where(alive, 1 / jnp.where(alive, beta, 1), 0), rest)
-    carry = _Carry(
-        vector=following,
-        previous=vector,
+    entries = _Entries(
         last_beta=beta,
-        alphas=carry.alphas.at[i].set(alpha),
-        betas=carry.betas.at[i].set(beta),
-        num_steps=carry.num_steps + started.astype(jnp.int32),
+        alphas=entries.alphas.at[i].set(alpha),
+        betas=entries.betas.at[i].set(beta),
+        num_steps=entries.num_steps + started.astype(jnp.int32),
     )
-    return basis, carry
+    return basis, following, entries
 
 
-# The basis alone is donated: a product may be the very buffer that it was made from.
-_compiled_step = jax.jit(_step, static_argnames="passes", donate_argnums=0)
+# Of the vectors q_{i-1} alone is donated, and becomes q_{i+1}: a product may be the
+# very buffer of the q_i that it was made from.
+_compiled_step = jax.jit(_step, static_argnames="passes", donate_argnums=(0, 1))
 
 
 def lanczos(
@@ -271,9 +268,7 @@ def lanczos(
     passes = _PASSES[reorthogonalization]
     keep = passes > 0 if keep_basis is None else keep_basis or passes > 0
     zeros = jnp.zeros(num_steps, length.dtype)
-    carry = _Carry(
-        vector=scale(1 / length, wide),
-        previous=jax.tree.map(jnp.zeros_like, wide),
+    entries = _Entries(
         last_beta=jnp.zeros_like(length),
         alphas=zeros,
         betas=jnp.zeros_like(zeros),
@@ -284,24 +279,29 @@ def lanczos(
     step = _step if is_traced(matvec, start) else _compiled_step
 
     def take(i, state):
-        basis, carry = state
-        following = product(matvec, start, carry.vector)
-        return step(basis, carry, following, i, passes=passes)
+        basis, previous, vector, entries = state
+        del state  # a vector that is no longer needed must not be held
+        found = product(matvec, start, vector)
+        basis, following, entries = step(
+            basis, previous, vector, found, entries, i, passes=passes
+        )
+        return basis, vector, following, entries
 
-    state = basis, carry
+    state = basis, jax.tree.map(jnp.zeros_like, wide), scale(1 / length, wide), entries
+    del basis, wide
     if step is _step:
         state = jax.lax.fori_loop(0, num_steps, take, state)
     else:
         for i in range(num_steps):
             state = take(jnp.int32(i), state)
-    basis, carry = state
+    basis, _, vector, entries = state
     return Tridiagonal(
-        diagonal=carry.alphas,
-        off_diagonal=carry.betas[:-1],
+        diagonal=entries.alphas,
+        off_diagonal=entries.betas[:-1],
         basis=basis,
-        residual=scale(carry.last_beta, carry.vector),
-        residual_norm=carry.last_beta,
-        num_steps=carry.num_steps,
+        residual=scale(entries.last_beta, vector),
+        residual_norm=entries.last_beta,
+        num_steps=entries.num_steps,
     )
 
 
