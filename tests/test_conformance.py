@@ -76,6 +76,21 @@ def held(learning_rate: optax.ScalarOrSchedule, damping: float = 1e-3):
     return rmtdamp.set_damping(rmtdamp.adam_shrinkage(learning_rate), damping)
 
 
+def newton(learning_rate, loss_fn, damping=1e-3):
+    return rmtdamp.lanczos_newton(
+        learning_rate, loss_fn, num_steps=10, damping=damping, start="gradient"
+    )
+
+
+def shampoo(learning_rate, damping=1.0):
+    return rmtdamp.shampoo(learning_rate, damping)
+
+
+def auto_spectral(learning_rate, loss_fn):
+    learner = rmtdamp.DampingLearner(loss_fn, floor=1.0)
+    return rmtdamp.auto_damping(rmtdamp.spectral(learning_rate, method="svd"), learner)
+
+
 # name: (factory, arguments). A factory with `loss_fn` is a learner and needs a batch.
 TABLE = {
     "adam_shrinkage": (rmtdamp.adam_shrinkage, {"learning_rate": 1e-2}),
@@ -114,6 +129,13 @@ TABLE = {
             "rule": rmtdamp.scaled_identity_target,
         },
     ),
+    "lanczos_newton": (newton, {"learning_rate": 1e-1}),
+    "spectral": (
+        rmtdamp.spectral,
+        {"learning_rate": 1e-3, "damping": 1.0, "ns_steps": 12},
+    ),
+    "shampoo": (shampoo, {"learning_rate": 1e-3}),
+    "auto_damping(spectral)": (auto_spectral, {"learning_rate": 1e-3}),
 }
 every_row = pytest.mark.parametrize("name", TABLE)
 

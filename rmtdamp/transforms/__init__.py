@@ -20,9 +20,27 @@ from ._auto import (
     refresh_damping as refresh_damping,
 )
 from ._auto_adam import auto_adam as auto_adam
+from ._lanczos import (
+    ScaleByLanczosState as ScaleByLanczosState,
+    scale_by_lanczos as scale_by_lanczos,
+)
+from ._lanczos_newton import (
+    lanczos_newton as lanczos_newton,
+    refresh_lanczos as refresh_lanczos,
+)
 from ._learner import DampingLearner as DampingLearner
 from ._owner import (
     AutoDampingState as AutoDampingState,
     SetDampingState as SetDampingState,
     set_damping as set_damping,
+)
+from ._shampoo import (
+    ScaleByShampooState as ScaleByShampooState,
+    scale_by_shampoo as scale_by_shampoo,
+    shampoo as shampoo,
+)
+from ._spectral import (
+    ScaleBySpectralState as ScaleBySpectralState,
+    scale_by_spectral as scale_by_spectral,
+    spectral as spectral,
 )

@@ -1,0 +1,348 @@
+r"""gradients -> averaged Kronecker factors -> their eigenbases -> damped Shampoo step.
+
+A matrix gradient G has the factors L, averaged G G^T, and R, averaged G^T G. Their
+eigenvalues and eigenvectors are cached and the damping is added to the roots of the
+eigenvalues when the step is made, so a new one acts at once. Every leaf is handled in
+the form (stack, rows, columns); one that is no matrix keeps the average of g^2.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rmtdamp._tree import accumulation_dtype
+from rmtdamp.hessian._products import matmul_precision
+
+from ._spectral import (
+    check_damping,
+    damping_in_force,
+    dimension_numbers,
+    folded,
+    ratio,
+)
+
+
+class Factor(NamedTuple):
+    """One side of a stack of matrices, k its length."""
+
+    average: jax.Array  # (stack, k, k), decaying average of G G^T or G^T G, biased
+    eigenvalues: jax.Array  # (stack, k), of the debiased average, at the last refresh
+    eigenvectors: jax.Array  # (stack, k, k), in columns
+
+
+class ShampooBlock(NamedTuple):
+    """What is known of one leaf: a matrix has factors, anything else has squares."""
+
+    left: Factor | None  # of the rows; None where that side has none
+    right: Factor | None  # of the columns
+    squares: jax.Array | None  # like the leaf, decaying average of g^2, biased
+
+
+class ScaleByShampooState(NamedTuple):
+    """State of `scale_by_shampoo`."""
+
+    count: Any  # (), int32, steps taken
+    factor_rejections: jax.Array  # (), int32, gradients that were not finite
+    blocks: Any  # tree like params of `ShampooBlock`
+
+
+def _is_block(x) -> bool:
+    return isinstance(x, ShampooBlock)
+
+
+def _is_factor(x) -> bool:
+    return isinstance(x, Factor)
+
+
+def _eigh(factor, correction):
+    scaled = factor.average / correction.astype(factor.average.dtype)
+    return factor._replace(**jnp.linalg.eigh(scaled)._asdict())
+
+
+def _eigenbases(blocks, correction):
+    return jax.tree.map(lambda f: _eigh(f, correction), blocks, is_leaf=_is_factor)
+
+
+# A function of the module, so that an eager update compiles the conditional once.
+@jax.jit
+def _eigenbases_if(due, blocks, correction):
+    return jax.lax.cond(due, _eigenbases, lambda b, _: b, blocks, correction)
+
+
+def _weights(factor, delta, power, in_root):
+    """(lambda^1/2 + delta)^(-2 power), shape (stack, k)."""
+    values = factor.eigenvalues
+    # Eigenvalues are known up to rounding; none counts for less, nor below zero.
+    top = values[:, -1:]
+    rounding = values.shape[-1] * jnp.finfo(values.dtype).eps * top
+    values = jnp.maximum(values, rounding)
+    base = values + delta if in_root else jnp.sqrt(values) + delta
+    exponent = -power if in_root else -2 * power
+    return jnp.where(base > 0, jnp.where(base > 0, base, 1) ** exponent, 0)
+
+
+def _transposed(x):
+    return jnp.swapaxes(x, 1, 2)
+
+
+def scale_by_shampoo(
+    damping: optax.ScalarOrSchedule = 1e-8,
+    exponents: Any = 0.25,
+    decay: jax.typing.ArrayLike = 0.95,
+    *,
+    every: jax.typing.ArrayLike = 10,
+    damping_in_root: bool = False,
+    max_side: int = 8192,
+    weight_dimension_numbers: Any = None,
+    precision: str | None = "highest",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Shampoo with the damping of `scale_by_spectral`.
+
+    With L and R the debiased averages of G G^T and G^T G and delta the damping,
+
+        u = (L^1/2 + delta I)^(-2p) G (R^1/2 + delta I)^(-2q),   p, q = `exponents`.
+
+    At p = q = 1/4 and with one gradient this is the damped polar factor of
+    `scale_by_spectral`, for every delta. At p = q = 1/2 it is the inverse of a
+    Kronecker product, in the place of a Fisher matrix; (0.5, 0) is one-sided. A leaf
+    that is no matrix gets, as a diagonal one, g / (sqrt(v) + delta)^(2p + 2q), with v
+    the debiased average of g^2: at 1/4 it is RMSProp. There is no momentum here: put
+    `optax.ema` before or after it.
+
+    With `damping_in_root` the damping is inside, u = (L + delta I)^-p G (R + delta
+    I)^-q, as published.
+
+    Units: delta is added to a root of a factor's eigenvalue, a singular value of the
+    gradient; inside the root to an eigenvalue, its square.
+
+    A gradient that is not finite leaves the factors as they were and is counted
+    (`optax.tree.get(state, "factor_rejections")`). An eigenvalue below rounding, k eps
+    times the largest, counts as that, so a damping of 0 is allowed.
+
+    Cost: products with the sides' squares each step, an eigendecomposition of each side
+    every `every` steps. Memory: twice the squares of both sides.
+
+    Args:
+        damping: delta, a number or a schedule of the step, for use without an owner.
+        exponents: p and q, a pair, or one number for both. A side with the Python
+            number 0 gets no factor.
+        decay: of the averages, in [0, 1); 0 takes the last gradient alone.
+        every: steps between eigendecompositions, the first step included.
+        damping_in_root: whether delta is added to L and R themselves.
+        max_side: a longer side gets no factor and leaves its exponent to the other
+            one; a matrix with two such sides is treated entry by entry.
+        weight_dimension_numbers: which axes make a matrix, as in `scale_by_spectral`.
+        precision: matmul precision; None leaves the global setting.
+
+    Returns:
+        A transformation whose `update` takes `damping`, a scalar. Updates have the
+        gradients' dtype; the work is done in float32 or wider.
+
+    Raises:
+        ValueError: a number out of its range, or (from `init`) axes that do not make a
+            matrix.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import rmtdamp
+        >>> tx = rmtdamp.scale_by_shampoo(damping=1.0)
+        >>> grads = jnp.diag(jnp.array([1.0, 3.0]))
+        >>> updates, _ = tx.update(grads, tx.init(grads))
+        >>> [round(float(u), 3) for u in jnp.diag(updates)]
+        [0.5, 0.75]
+
+    References:
+        Gupta, Koren and Singer, Shampoo, 2018, Algorithm 1. We average where they sum,
+        and damp the root. Morwani et al., A new perspective on Shampoo's
+        preconditioner, 2024 (the exponent 1/2).
+    """
+    check_damping(damping)
+    pair = tuple(exponents) if isinstance(exponents, tuple | list) else (exponents,) * 2
+    if len(pair) != 2 or any(isinstance(p, int | float) and p < 0 for p in pair):
+        raise ValueError(
+            f"exponents is {exponents}: take one number or a pair, at least 0"
+        )
+    if isinstance(decay, int | float) and not 0 <= decay < 1:
+        raise ValueError(f"decay is {decay}, and must be in [0, 1)")
+    if isinstance(every, int | float) and (every < 1 or every != int(every)):
+        raise ValueError(f"every is {every}: take a whole number of at least 1")
+    if not isinstance(max_side, int) or max_side < 1:
+        raise ValueError(
+            f"max_side is {max_side}: take a whole number of at least 1 (and name it "
+            "in static_args of optax.inject_hyperparams: shapes depend on it)"
+        )
+    fallback = damping
+
+    def powers(shape):
+        """The exponents of the two sides of a matrix; None: entry by entry."""
+        p, q = pair
+        long_left, long_right = (k > max_side for k in shape)
+        if long_left and long_right:
+            return None
+        return (0, p + q) if long_left else (p + q, 0) if long_right else (p, q)
+
+    def factor(power, stack, k, dtype):
+        if isinstance(power, int | float) and power == 0:
+            return None
+        eye = jnp.broadcast_to(jnp.eye(k, dtype=dtype), (stack, k, k))
+        zeros = jnp.zeros((stack, k), dtype)
+        return Factor(jnp.zeros((stack, k, k), dtype), zeros, eye)
+
+    def block(leaf, numbers, dtype):
+        if numbers is not None:
+            stack, rows, columns = folded(leaf, numbers)[0].shape
+            both = powers((rows, columns))
+            if both is not None:
+                left = factor(both[0], stack, rows, dtype)
+                return ShampooBlock(left, factor(both[1], stack, columns, dtype), None)
+        return ShampooBlock(None, None, jnp.zeros(leaf.shape, dtype))
+
+    def averaged(block, g, finite):
+        def mean(old, new):
+            rate = jnp.asarray(decay).astype(old.dtype)
+            return jnp.where(finite, rate * old + (1 - rate) * new, old)
+
+        left, right, squares = block
+        if squares is not None:
+            return block._replace(squares=mean(squares, g * g))
+        if left is not None:
+            left = left._replace(average=mean(left.average, g @ _transposed(g)))
+        if right is not None:
+            right = right._replace(average=mean(right.average, _transposed(g) @ g))
+        return ShampooBlock(left, right, None)
+
+    def applied(block, g, delta, correction):
+        power = lambda p: jnp.asarray(p).astype(g.dtype)
+        if block.squares is not None:
+            v = block.squares / correction
+            base = v + delta if damping_in_root else jnp.sqrt(v) + delta
+            exponent = power(sum(pair)) * (1 if damping_in_root else 2)
+            return ratio(g, base**exponent)
+        p, q = powers(g.shape[1:]) or pair
+        if block.left is not None:
+            weights = _weights(block.left, delta, power(p), damping_in_root)
+            vectors = block.left.eigenvectors
+            g = vectors @ (weights[:, :, None] * (_transposed(vectors) @ g))
+        if block.right is not None:
+            weights = _weights(block.right, delta, power(q), damping_in_root)
+            vectors = block.right.eigenvectors
+            g = ((g @ vectors) * weights[:, None, :]) @ _transposed(vectors)
+        return g
+
+    def init(params):
+        dtype = accumulation_dtype(params)
+        leaves, treedef = jax.tree.flatten(params)
+        numbers = dimension_numbers(weight_dimension_numbers, params)
+        blocks = [block(x, n, dtype) for x, n in zip(leaves, numbers, strict=True)]
+        zero = lambda: jnp.zeros((), jnp.int32)
+        return ScaleByShampooState(zero(), zero(), jax.tree.unflatten(treedef, blocks))
+
+    def update(updates, state, params=None, *, damping=None, **extra_args):
+        del params, extra_args
+        leaves, treedef = jax.tree.flatten(updates)
+        numbers = dimension_numbers(weight_dimension_numbers, updates)
+        blocks, block_treedef = jax.tree.flatten(state.blocks, is_leaf=_is_block)
+        dtype = accumulation_dtype(updates)
+        delta = damping_in_force(damping, fallback, state.count, dtype)
+        finite = jnp.array(True)
+        for leaf in leaves:
+            finite &= jnp.all(jnp.isfinite(leaf))
+
+        rejections = state.factor_rejections + (~finite).astype(jnp.int32)
+        count = optax.safe_increment(state.count)
+        seen = jnp.maximum(count - rejections, 1).astype(dtype)
+        correction = 1 - jnp.asarray(decay).astype(dtype) ** seen
+
+        gradients, ways_back = [], []
+        for leaf, n, known in zip(leaves, numbers, blocks, strict=True):
+            g, back = leaf.astype(dtype), lambda x: x
+            if known.squares is None and n is not None:
+                g, back = folded(g, n)
+            gradients.append(g)
+            ways_back.append(back)
+        with matmul_precision(precision):
+            blocks = [
+                averaged(b, g, finite) for b, g in zip(blocks, gradients, strict=True)
+            ]
+            squares = [b.squares for b in blocks]
+            factors = [b._replace(squares=None) for b in blocks]
+            if isinstance(every, int) and every == 1:
+                factors = _eigenbases(factors, correction)
+            else:
+                due = state.count % every == 0
+                factors = _eigenbases_if(due, factors, correction)
+            blocks = [
+                b._replace(squares=s) for b, s in zip(factors, squares, strict=True)
+            ]
+            new = [
+                back(applied(b, g, delta, correction)).astype(leaf.dtype)
+                for b, g, back, leaf in zip(
+                    blocks, gradients, ways_back, leaves, strict=True
+                )
+            ]
+        blocks = jax.tree.unflatten(block_treedef, blocks)
+        state = ScaleByShampooState(count, rejections, blocks)
+        return jax.tree.unflatten(treedef, new), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def shampoo(
+    learning_rate: optax.ScalarOrSchedule,
+    damping: optax.ScalarOrSchedule = 1e-8,
+    momentum: jax.typing.ArrayLike | None = 0.9,
+    exponents: Any = 0.25,
+    decay: jax.typing.ArrayLike = 0.95,
+    *,
+    every: jax.typing.ArrayLike = 10,
+    damping_in_root: bool = False,
+    max_side: int = 8192,
+    weight_dimension_numbers: Any = None,
+    precision: str | None = "highest",
+) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_shampoo`, then momentum and the learning rate.
+
+    Args:
+        learning_rate: alpha, a number or a schedule.
+        damping: delta, a number or a schedule, in the unit of a singular value.
+        momentum: decay of the average of the steps, bias-corrected; None for none.
+        exponents: p and q, a pair, or one number for both.
+        decay: of the factors' averages.
+        every: steps between eigendecompositions.
+        damping_in_root: whether delta is added to the factors themselves.
+        max_side: a longer side gets no factor.
+        weight_dimension_numbers: which axes make a matrix.
+        precision: matmul precision.
+
+    Returns:
+        A gradient transformation.
+
+    Raises:
+        ValueError: as `scale_by_shampoo`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import rmtdamp
+        >>> tx = rmtdamp.set_damping(rmtdamp.shampoo(1e-2), 1e-3)
+        >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+
+    References:
+        Gupta, Koren and Singer, Shampoo, 2018.
+    """
+    return optax.chain(
+        scale_by_shampoo(
+            damping,
+            exponents,
+            decay,
+            every=every,
+            damping_in_root=damping_in_root,
+            max_side=max_side,
+            weight_dimension_numbers=weight_dimension_numbers,
+            precision=precision,
+        ),
+        optax.identity() if momentum is None else optax.ema(momentum),
+        optax.scale_by_learning_rate(learning_rate),
+    )
