@@ -13,16 +13,15 @@ import functools
 import itertools
 import json
 import pathlib
-import statistics
-import time
 
 import jax
 import optax
 from flax import nnx
-from rich.progress import track
 
 import rmtdamp
 from rmtdamp.hessian import moments
+
+from ._timing import interleaved
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "overhead.json"
 EVERY = 100
@@ -90,37 +89,6 @@ def stepper(tx, loss_fn, params, batch, refresh=None):
         jax.block_until_ready(carry)
 
     return run, step, carry
-
-
-def seconds(call):
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def interleaved(a, b, pairs, name):
-    """Median of b/a over neighbouring runs, its 95 % interval, and median of a."""
-    a()
-    b()
-    ratios, times = [], []
-    for i in track(range(pairs), name):
-        # Which one goes first alternates, so that neither profits from its place.
-        if i % 2:
-            tb, ta = seconds(b), seconds(a)
-        else:
-            ta, tb = seconds(a), seconds(b)
-        ratios.append(tb / ta)
-        times.append(ta)
-    ratios.sort()
-    # Order statistics j, n+1-j cover the median with probability 1 - 2 P(Bin < j).
-    j = max(int((pairs - 1.96 * pairs**0.5) / 2), 0)
-    return {
-        "ratio": statistics.median(ratios),
-        "low": ratios[j],
-        "high": ratios[-1 - j],
-        "baseline_seconds": statistics.median(times),
-        "pairs": pairs,
-    }
 
 
 def adam_rows(pairs):

@@ -1,9 +1,17 @@
-"""`python -m rmtdamp`: train under four optimisers and see what the damping did."""
+"""`python -m rmtdamp`: train under four optimisers and see what the damping did.
+
+`python -m rmtdamp spectrum module:function` is another command: `rmtdamp.spectrum`.
+"""
 
 import argparse
-import math
 import pathlib
 import sys
+
+if __name__ == "__main__" and sys.argv[1:2] == ["spectrum"]:
+    # Before the imports of the main job: this command does without them.
+    from rmtdamp.spectrum._command import main as spectrum
+
+    sys.exit(spectrum(sys.argv[2:]))
 
 try:
     import flax.nnx  # noqa: F401
@@ -14,43 +22,23 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"rmtdamp: the main job needs {missing.name}: pip install 'rmtdamp[demo]'")
 
+from rmtdamp._cli import Parser, number
 from rmtdamp.demo._data import DataError, Dataset, load_digits, load_idx
 from rmtdamp.demo._report import ReportError, Runs, table, write_report
-from rmtdamp.demo._train import METHODS, RULES, Settings, train
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """One line and exit code 2, without the usage in front."""
-        self.exit(2, f"rmtdamp: {message} (--help explains every option)\n")
-
-
-def _number(kind, lower, *, open_=False):
-    """A type for argparse: a finite number from `lower` on."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < lower or (open_ and value == lower):
-            bound = f"above {lower}" if open_ else f"of at least {lower}"
-            noun = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} {bound}")
-        return value
-
-    return parse
+from rmtdamp.demo._train import DEFAULT_METHODS, METHODS, RULES, Settings, train
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     default = Settings()
-    out = _Parser(
+    out = Parser(
         prog="python -m rmtdamp",
         description="Train a small Flax network on real data under SGD, Adam, Adam "
         "with shrinkage and Adam whose damping is learned from the noise of the "
         "Hessian. Prints a table and writes a report folder: report.png, report.json. "
         "Interrupt it at any time; the same command goes on where it stopped.",
+        epilog="For a page about your own model's Hessian: python -m rmtdamp spectrum "
+        "--help",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = out.add_argument
@@ -72,42 +60,44 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--methods",
+        "--optimizer",
         nargs="+",
         choices=METHODS,
         metavar="NAME",
         default=unset,
-        help=f"optimisers to compare, of {', '.join(METHODS)} (default: all)",
+        help=f"optimisers to compare, of {', '.join(METHODS)} (default: the first "
+        f"{len(DEFAULT_METHODS)}; the others want a --learning-rate of their own)",
     )
     add(
         "--seeds",
-        type=_number(int, 1),
+        type=number(int, 1),
         metavar="N",
         default=3,
         help="runs per method; a seed fixes weights and data order",
     )
     add(
         "--train-size",
-        type=_number(int, 2),
+        type=number(int, 2),
         metavar="N",
         default=unset,
         help="use the first N training examples only (default: all)",
     )
-    positive = _number(float, 0, open_=True)
+    positive = number(float, 0, open_=True)
     options = {
-        "epochs": (_number(int, 1), "passes over the training data"),
-        "batch_size": (_number(int, 2), "examples per step"),
-        "width": (_number(int, 1), "units in each of the two hidden layers"),
-        "learning_rate": (positive, "of the three Adams; eq. 12 anneals it to 1 %%"),
+        "epochs": (number(int, 1), "passes over the training data"),
+        "batch_size": (number(int, 2), "examples per step"),
+        "width": (number(int, 1), "units in each of the two hidden layers"),
+        "learning_rate": (positive, "of all but SGD; eq. 12 anneals it to 1 %%"),
         "sgd_learning_rate": (positive, "of SGD with momentum 0.9, annealed likewise"),
         "damping": (
-            _number(float, 0),
+            number(float, 0),
             "flat damping of adam-shrinkage, in the unit of a gradient",
         ),
         "floor": (
-            _number(float, 0),
-            "of auto-adam: the first damping, added to each measured one",
+            number(float, 0),
+            "of the learners: the first damping, added to each measured one",
         ),
-        "every": (_number(int, 1), "of auto-adam: steps between measurements"),
+        "every": (number(int, 1), "of the learners: steps between measurements"),
     }
     for name, (kind, text) in options.items():
         flag = "--" + name.replace("_", "-")
@@ -116,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
         "--rule",
         choices=RULES,
         default=default.rule,
-        help="of auto-adam: identity (eq. 15) or scaled-identity (Ledoit-Wolf; follows "
+        help="of the learners: identity (eq. 15) or scaled-identity (Ledoit-Wolf; follows "
         "the loss's scale)",
     )
     add(
@@ -186,8 +176,13 @@ def _run(args, console) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the main job; returns the exit code."""
-    args = argparse.Namespace(data=None, train_size=None, methods=list(METHODS))
+    """Run the main job, or the command `argv` begins with; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["spectrum"]:
+        from rmtdamp.spectrum._command import main as spectrum
+
+        return spectrum(argv[1:])
+    args = argparse.Namespace(data=None, train_size=None, methods=list(DEFAULT_METHODS))
     parser().parse_args(argv, args)
     console = rich.console.Console()
     try:

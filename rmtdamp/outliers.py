@@ -52,7 +52,10 @@ class Outliers(NamedTuple):
 
     @property
     def variance(self) -> jax.Array:
-        """P^-1 Tr X^2 of the measured noise: eq. 15's damping, in [H]^2."""
+        """P^-1 Tr X^2 of this one draw of the noise, in [H]^2.
+
+        Eq. 15's damping in expectation; `moments` measures that from more draws.
+        """
         return self.noise.moment(2)[0]
 
     @property
@@ -156,7 +159,10 @@ def outliers(
     Exact as P grows, for noise without preferred directions around a true Hessian of
     low rank. The noise of a network does have preferred directions, among them the
     sharp ones themselves; the verdict is then cautious, since that noise raises the
-    edge, and true value and overlap are estimates.
+    edge, and true value and overlap are estimates. On a small network (P = 4,810, a
+    batch of 256) true values were off by up to 8 % and overlaps predicted as 0.999 were
+    0.98 to 0.99; of nine eigenvalues four were called noise whose vectors overlapped
+    0.96 to 0.98 with the data set's.
 
     Cost: num_probes * num_steps products of either half for the noise's spectrum, and
     those that `eigsh` needs to find 5 eigenvalues of X and k of H. Memory: that of
@@ -215,9 +221,7 @@ def outliers(
     extreme = eigsh(
         noise, like, edge_key, k=_EDGE, which="LM", tol=tol, max_products=max_products
     )
-    found = eigsh(
-        whole, like, key, k=k, which="LM", tol=tol, max_products=max_products
-    )
+    found = eigsh(whole, like, key, k=k, which="LM", tol=tol, max_products=max_products)
     magnitudes = jnp.abs(extreme.eigenvalues)
     largest = jnp.maximum(magnitudes[0], jnp.max(jnp.abs(spectrum.nodes)))
     edge = largest + (magnitudes[0] - magnitudes[-1])

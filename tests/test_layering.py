@@ -8,7 +8,9 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "rmtdamp"
 # A room may import what stands to its left.
 LAYERS = ["_types", "_tree", "hessian", "rmt", "damping", "outliers", "transforms"]
-DOORS = {"schedules", "flax", "plot", "demo", "__main__", "__init__"}
+DOORS = {
+    "schedules", "flax", "plot", "spectrum", "demo", "_cli", "__main__", "__init__",
+}  # fmt: skip
 OPTAX_ALLOWED = {"transforms", "flax", "demo"}
 
 

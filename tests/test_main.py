@@ -49,11 +49,11 @@ def test_report_on_digits_and_resume(tmp_path, capsys, monkeypatch):
     out = tmp_path / "report"
     assert main([*QUICK, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    for method in _train.METHODS:
+    for method in _train.DEFAULT_METHODS:
         assert method in printed
     report = json.loads((out / "report.json").read_text())
     assert report["data"] == "digits"
-    assert set(report["summary"]) == set(_train.METHODS)
+    assert set(report["summary"]) == set(_train.DEFAULT_METHODS)
     learned = report["runs"]["auto-adam"]
     assert len(learned) == 2
     assert [r["epoch"] for r in learned[0]] == [1, 2]

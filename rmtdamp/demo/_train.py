@@ -16,7 +16,8 @@ import rmtdamp
 
 from ._data import Dataset
 
-METHODS = ("sgd", "adam", "adam-shrinkage", "auto-adam")
+DEFAULT_METHODS = ("sgd", "adam", "adam-shrinkage", "auto-adam")
+METHODS = (*DEFAULT_METHODS, "auto-lanczos", "auto-spectral", "auto-shampoo")
 
 
 class Settings(NamedTuple):
@@ -120,6 +121,18 @@ def _optimiser(method, settings, loss_fn, total_steps):
             rule=RULES[settings.rule],
             form=settings.form,
         )
+    inner = {
+        "auto-lanczos": lambda: rmtdamp.lanczos_newton(
+            rate, loss_fn, num_steps=20, damping=1.0, every=settings.every
+        ),
+        "auto-spectral": lambda: rmtdamp.spectral(rate),
+        "auto-shampoo": lambda: rmtdamp.shampoo(rate, every=settings.every),
+    }
+    if method in inner:
+        learner = rmtdamp.DampingLearner(
+            loss_fn, floor=settings.floor, rule=RULES[settings.rule]
+        )
+        return rmtdamp.auto_damping(inner[method](), learner, every=settings.every)
     raise ValueError(f"method is {method!r}: choose from {', '.join(METHODS)}")
 
 

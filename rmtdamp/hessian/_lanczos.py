@@ -166,8 +166,6 @@ def combine(coefficients: jax.Array, basis: Params) -> Params:
 
 def _step(basis, previous, vector, product, entries: _Entries, i, passes: int):
     """q_{i+1}, or 0 after breakdown, from q_{i-1}, q_i and A q_i."""
-    if basis is not None:
-        basis = jax.tree.map(lambda q, x: q.at[i].set(x), basis, vector)
     alpha, last_beta = vdot(vector, product), entries.last_beta
     rest = jax.tree.map(
         lambda y, q, p: y - alpha.astype(y.dtype) * q - last_beta * p,
@@ -185,6 +183,10 @@ def _step(basis, previous, vector, product, entries: _Entries, i, passes: int):
     beta = jnp.where(alive, beta, 0)
     started = norm(vector) > 0
     following = scale(jnp.where(alive, 1 / jnp.where(alive, beta, 1), 0), rest)
+    if basis is not None:
+        # After the basis was read: XLA:CPU is ten times slower the other way round.
+        put = lambda q, x: q.at[i + 1].set(x, mode="drop")
+        basis = jax.tree.map(put, basis, following)
     entries = _Entries(
         last_beta=beta,
         alphas=entries.alphas.at[i].set(alpha),
@@ -274,8 +276,9 @@ def lanczos(
         betas=jnp.zeros_like(zeros),
         num_steps=jnp.zeros((), jnp.int32),
     )
-    empty = lambda x: jnp.zeros((num_steps, *x.shape), x.dtype)
-    basis = jax.tree.map(empty, wide) if keep else None
+    first = scale(1 / length, wide)
+    alone = lambda x: jnp.zeros((num_steps, *x.shape), x.dtype).at[0].set(x)
+    basis = jax.tree.map(alone, first) if keep else None
     step = _step if is_traced(matvec, start) else _compiled_step
 
     def take(i, state):
@@ -287,8 +290,8 @@ def lanczos(
         )
         return basis, vector, following, entries
 
-    state = basis, jax.tree.map(jnp.zeros_like, wide), scale(1 / length, wide), entries
-    del basis, wide
+    state = basis, jax.tree.map(jnp.zeros_like, wide), first, entries
+    del basis, wide, first
     if step is _step:
         state = jax.lax.fori_loop(0, num_steps, take, state)
     else:

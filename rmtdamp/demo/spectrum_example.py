@@ -1,0 +1,73 @@
+"""A model to try the spectrum command on, and a pattern for one of your own.
+
+    python -m rmtdamp spectrum rmtdamp.demo.spectrum_example:digits
+
+The command wants a function without arguments that returns `(loss_fn, params,
+batches)`: the mean loss over a batch, the trained parameters, and batches that can be
+read again and again. Needs the extra `rmtdamp[demo]`.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._data import load_digits
+
+SIZES = (64, 64, 10)
+BATCH_SIZE = 256
+NUM_STEPS = 150
+
+
+def loss_fn(params, batch):
+    """Mean cross-entropy of a tanh network on flat images and their labels."""
+    x, labels = batch
+    *hidden, last = params.values()
+    for layer in hidden:
+        x = jnp.tanh(x @ layer["kernel"] + layer["bias"])
+    logits = x @ last["kernel"] + last["bias"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def _initial(key):
+    keys = jax.random.split(key, len(SIZES) - 1)
+    return {
+        f"layer{i}": {
+            "kernel": jax.random.normal(k, (m, n)) / m**0.5,
+            "bias": jnp.zeros(n),
+        }
+        for i, (k, (m, n)) in enumerate(
+            zip(keys, itertools.pairwise(SIZES), strict=True)
+        )
+    }
+
+
+@jax.jit
+def _train(params, data, order):
+    optimiser = optax.adam(1e-3)
+
+    def step(carry, rows):
+        params, state = carry
+        grads = jax.grad(loss_fn)(params, jax.tree.map(lambda x: x[rows], data))
+        updates, state = optimiser.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, optimiser.init(params)), order)[0][0]
+
+
+def digits():
+    """A small network after 150 steps of Adam on digits, with its data in five batches.
+
+    Returns:
+        `(loss_fn, params, batches)`.
+    """
+    images, labels = data = jax.device_put(load_digits().train)
+    start, shuffle = jax.random.split(jax.random.key(0))
+    order = jax.random.randint(shuffle, (NUM_STEPS, BATCH_SIZE), 0, len(labels))
+    params = _train(_initial(start), data, order)
+    batches = [
+        (images[i : i + BATCH_SIZE], labels[i : i + BATCH_SIZE])
+        for i in range(0, len(labels), BATCH_SIZE)
+    ]
+    return loss_fn, params, batches

@@ -1,0 +1,25 @@
+"""Pictures of spectra. Every function draws on one `Axes` and returns it.
+
+    Spectrum, Outliers, EigenPairs  ->  Axes
+
+| | |
+|---|---|
+| `spectral_density` | density, edges of the measured noise, outliers, semicircle |
+| `eigenvector_overlap` | measured overlaps of eigenvectors against Theorem 1 |
+| `layer_spectra` | densities of several blocks, one above the other |
+| `squared_overlaps` | the numbers behind the overlaps |
+
+The axis of eigenvalues is linear around zero and logarithmic beyond, so that a narrow
+bulk and outliers a thousand times as far are both to be seen. Without `ax` a `Figure`
+of its own is made, outside pyplot: there is no window and no global state, and
+`ax.figure.savefig("name.png")` needs no display. Needs the extra `rmtdamp[plot]`.
+"""
+
+from ._density import (
+    layer_spectra as layer_spectra,
+    spectral_density as spectral_density,
+)
+from ._overlap import (
+    eigenvector_overlap as eigenvector_overlap,
+    squared_overlaps as squared_overlaps,
+)

@@ -1,0 +1,310 @@
+"""loss_fn, params, batches -> Report: every question of the page, asked once.
+
+The Hessian of the data set tells where the model stands (trace, extreme eigenvalues,
+density), that of the first batch how noisy a training step sees it (variance, damping,
+outliers).
+"""
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+
+from rmtdamp._tree import check_params, size
+from rmtdamp._types import Batch, Key, LossFn, Matvec, Mode, Params
+from rmtdamp.hessian import (
+    EigenPairs,
+    Estimate,
+    HessianMoments,
+    Spectrum,
+    dataset_matvec,
+    eigsh,
+    hessian_matvec,
+    moments,
+    restrict,
+    spectral_density,
+    trace,
+)
+from rmtdamp.outliers import Outliers, halves, outliers
+
+from ._check import MIN_EXAMPLES, look
+
+_TRACE_PRODUCTS = 32
+# Relative residual asked of eigenvalues, whose error is of the order of its square.
+_TOL = 1e-3
+
+
+class Report(NamedTuple):
+    """What was measured; [H] is the unit of a Hessian eigenvalue.
+
+    With `batch_only` the first batch stands for the data set everywhere.
+    """
+
+    num_parameters: int  # P
+    num_examples: int  # of the data set
+    num_batches: int
+    batch_size: int  # B, the examples of the first batch
+    batch_only: bool
+    loss: float  # mean over the examples
+    trace: Estimate  # (), of the data set's Hessian, in [H]
+    largest: EigenPairs  # one: its largest eigenvalue
+    smallest: EigenPairs  # one: its smallest, negative at most places
+    leading: EigenPairs  # k of largest magnitude
+    density: Spectrum  # of the data set's Hessian
+    moments: HessianMoments  # from the first batch, variance for batches of B
+    outliers: Outliers  # of the first batch
+    batch_density: Spectrum  # of the first batch's Hessian
+    layers: dict[str, Spectrum]  # of diagonal blocks of the data set's Hessian
+    notes: list[str]  # what a reader must know to read the rest
+
+
+class Watch:
+    """Told how far `measure` is; this one keeps it to itself."""
+
+    def stage(self, name: str, products: int | None = None) -> None:
+        """A stage begins, of so many products where that is known beforehand."""
+
+    def passing(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """One pass over the data begins."""
+        return iter(batches)
+
+
+def _num_microbatches(count: int) -> int:
+    """From 4 to 16: as few examples left over, then as many microbatches, as can be."""
+    return min(range(MIN_EXAMPLES, min(16, count) + 1), key=lambda n: (count % n, -n))
+
+
+def _rows(batch: Batch, count: int) -> Batch:
+    return jax.tree.map(lambda x: x[:count], batch)
+
+
+def _blocks(params: Params, select: Sequence[str] | None) -> dict:
+    """Name of each block -> what `restrict` selects it by."""
+    if select is not None:
+        return {expression: expression for expression in select}
+    keystr, layers = jax.tree_util.keystr, {}
+    for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        # A leaf at the top is a layer of its own.
+        layers.setdefault(keystr(path[:-1] or path), set()).add(keystr(path))
+    return {name: leaves.__contains__ for name, leaves in layers.items()}
+
+
+def layer_spectra(
+    matvec: Matvec,
+    params: Params,
+    key: Key,
+    *,
+    select: Sequence[str] | None = None,
+    num_steps: int = 80,
+    num_probes: int = 4,
+) -> dict[str, Spectrum]:
+    """The spectra of a Hessian's diagonal blocks, layer by layer. Eager.
+
+    Cost: num_probes * num_steps products with the whole matrix for each block.
+
+    Args:
+        matvec: v -> H v for vectors like `params`.
+        params: the whole params, a pytree.
+        key: a key of `jax.random`.
+        select: a regular expression per block, searched for in the paths of the leaves
+            as in `rmtdamp.hessian.restrict`. Default: a block per layer, that is, of
+            the leaves whose paths agree in all but the last key.
+        num_steps: points per probe; cut to the number of parameters of a block.
+        num_probes: independent probes.
+
+    Returns:
+        A dict from path or expression to `Spectrum`, for `rmtdamp.plot.layer_spectra`.
+
+    Raises:
+        TypeError: params that are not real floats.
+        ValueError: an expression that selects no leaf, or what `spectral_density`
+            refuses.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from rmtdamp.spectrum import layer_spectra
+        >>> scale = {"a": {"w": 2 * jnp.ones(6)}, "b": {"w": 3 * jnp.ones(4)}}
+        >>> matvec = lambda v: jax.tree.map(jnp.multiply, scale, v)
+        >>> spectra = layer_spectra(matvec, scale, jax.random.key(0))
+        >>> {name: f"{s.moment(1)[0]:.2f}" for name, s in spectra.items()}
+        {"['a']": '2.00', "['b']": '3.00'}
+    """
+    check_params(params)
+    blocks = {
+        name: restrict(matvec, params, chosen)
+        for name, chosen in _blocks(params, select).items()
+    }
+    keys = jax.random.split(key, len(blocks))
+    return {
+        name: spectral_density(
+            block, part, k, num_steps=min(num_steps, size(part)), num_probes=num_probes
+        )
+        for (name, (block, part)), k in zip(blocks.items(), keys, strict=True)
+    }
+
+
+def measure(
+    loss_fn: LossFn,
+    params: Params,
+    batches: Iterable[Batch],
+    key: Key,
+    *,
+    k: int | None = None,
+    num_steps: int = 80,
+    num_probes: int = 4,
+    batch_only: bool = False,
+    layers: Sequence[str] | None = (),
+    mode: Mode = "forward-over-reverse",
+    watch: Watch | None = None,
+) -> Report:
+    r"""Everything that `python -m rmtdamp spectrum` prints. Eager.
+
+    Of the data set's Hessian: the trace (Hutchinson, 32 products), the largest and the
+    smallest eigenvalue, the k of largest magnitude and the spectral density. Of the
+    first batch: m = P^-1 Tr Var(H_B) (`moments`), the outliers (`outliers`) and the
+    density.
+
+    Cost: about num_probes * num_steps + 150 products over the data set, twice as many
+    over the first batch, and num_probes * num_steps over the data set for each layer.
+    Memory: that of `eigsh` with k.
+
+    Args:
+        loss_fn: `loss_fn(params, batch) -> scalar`, the mean loss.
+        params: pytree of P real floating numbers, P at least 5.
+        batches: iterable of batches that can be read again and again; the first, of B
+            examples, stands for a training step's.
+        key: a key of `jax.random`.
+        k: eigenvalues of largest magnitude; default 9, or P if that is less.
+        num_steps: points per probe of each density; cut to P.
+        num_probes: probes of each density, and of `moments`.
+        batch_only: let the first batch stand for the data set.
+        layers: regular expressions for `layer_spectra`; None for every layer.
+        mode: how products are differentiated, see `rmtdamp.hessian.hvp`.
+        watch: told how far things are.
+
+    Returns:
+        `Report`.
+
+    Raises:
+        TypeError: params that are not real floats, a loss that is not a scalar,
+            batches that are not an iterable of batches or can be read only once.
+        ValueError: batches that are empty, exhausted or different on the second pass,
+            a first batch of fewer than 4 examples, a loss or a Hessian that is not
+            finite, fewer than 5 parameters, or what `eigsh` and `spectral_density`
+            refuse.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from rmtdamp.spectrum import measure
+        >>> def loss_fn(params, batch):
+        ...     return jnp.mean((batch @ params) ** 2) / 2
+        >>> data = jax.random.normal(jax.random.key(0), (8, 64, 20)).at[..., 0].mul(5)
+        >>> report = measure(loss_fn, jnp.ones(20), list(data), jax.random.key(1))
+        >>> print(report.num_examples, f"{report.largest.eigenvalues[0]:.0f}")
+        512 27
+    """
+    watch = Watch() if watch is None else watch
+    watch.stage("looking at the data")
+    keys = iter(jax.random.split(key, 9))
+    problem = look(
+        loss_fn, params, batches, next(keys), mode=mode, batch_only=batch_only
+    )
+    first, count = problem.first, problem.counts[0]
+    batch_only = batch_only or len(problem.counts) == 1
+    matvec = hessian_matvec(loss_fn, params, first, mode=mode)
+    if batch_only:
+        whole = matvec
+    else:
+        other = functools.partial(hessian_matvec, mode=mode)
+        whole = dataset_matvec(
+            loss_fn,
+            params,
+            batches,
+            matvec_fn=None if mode == "forward-over-reverse" else other,
+            wrap=watch.passing,
+        )
+    p = size(params)
+    # Nine have a basis as large as that of the noise's edge in `outliers`, so that
+    # little is compiled twice.
+    k = min(9, p) if k is None else k
+    basis_size = min(p, max(2 * k + 1, 20))
+    pairs = functools.partial(
+        eigsh,
+        whole,
+        params,
+        tol=_TOL,
+        basis_size=basis_size,
+        max_products=max(num_steps * num_probes, 2 * basis_size),
+    )
+
+    # The quickest to refuse comes first.
+    watch.stage("eigenvalues of largest magnitude")
+    leading = pairs(next(keys), k=k, which="LM")
+    watch.stage("largest eigenvalue")
+    largest = pairs(next(keys), k=1, which="LA")
+    watch.stage("smallest eigenvalue")
+    smallest = pairs(next(keys), k=1, which="SA")
+    watch.stage("trace", _TRACE_PRODUCTS)
+    total = trace(whole, params, next(keys), num_probes=_TRACE_PRODUCTS)
+    num_steps = min(num_steps, p)
+    density_of = functools.partial(
+        spectral_density, like=params, num_steps=num_steps, num_probes=num_probes
+    )
+    watch.stage("density", num_steps * num_probes)
+    density = density_of(whole, key=next(keys))
+
+    watch.stage("noise of the first batch")
+    n = _num_microbatches(count)
+    noise = moments(
+        loss_fn,
+        params,
+        _rows(first, count - count % n),
+        next(keys),
+        num_microbatches=n,
+        num_probes=num_probes,
+        batch_size=count,
+        mode=mode,
+    )
+    a, b = (
+        hessian_matvec(loss_fn, params, half, mode=mode)
+        for half in halves(_rows(first, count - count % 2))
+    )
+    watch.stage("outliers of the first batch")
+    found = outliers(
+        a, b, params, next(keys), k=k, num_steps=num_steps, num_probes=num_probes
+    )
+    key, layer_key = jax.random.split(next(keys))
+    batch_density = density
+    if not batch_only:
+        batch_density = density_of(matvec, key=key)
+
+    blocks = {}
+    if layers is None or layers:
+        watch.stage("layers")
+        blocks = layer_spectra(
+            whole,
+            params,
+            layer_key,
+            select=layers,
+            num_steps=num_steps,
+            num_probes=num_probes,
+        )
+    return Report(
+        num_parameters=p,
+        num_examples=sum(problem.counts),
+        num_batches=len(problem.counts),
+        batch_size=count,
+        batch_only=batch_only,
+        loss=problem.loss,
+        trace=total,
+        largest=largest,
+        smallest=smallest,
+        leading=leading,
+        density=density,
+        moments=noise,
+        outliers=found,
+        batch_density=batch_density,
+        layers=blocks,
+        notes=problem.notes,
+    )

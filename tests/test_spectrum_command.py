@@ -1,0 +1,510 @@
+"""The spectrum command as a user meets it: numbers, files, and every refusal."""
+
+import functools
+import importlib
+import itertools
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import dense_hessian
+
+from rmtdamp.__main__ import main
+from rmtdamp.spectrum import layer_spectra, measure
+from rmtdamp.spectrum._check import look
+from rmtdamp.spectrum._measure import _num_microbatches
+from rmtdamp.spectrum._page import as_json, check_finite, page, picture
+
+SOURCE = """
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+def loss_fn(params, batch):
+    x, y = batch
+    return jnp.mean(jnp.sum((jnp.tanh(x @ params["a"]) @ params["b"] - y) ** 2, axis=1))
+
+def parts(sizes=(24, 24, 12), seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    params = {"a": jax.random.normal(keys[0], (3, 4)),
+              "b": jax.random.normal(keys[1], (4, 2))}
+    x = jax.random.normal(keys[2], (sum(sizes), 3))
+    y = jax.random.normal(keys[3], (sum(sizes), 2))
+    ends = np.cumsum(sizes)
+    batches = [(x[e - n:e], y[e - n:e]) for n, e in zip(sizes, ends)]
+    return params, batches
+
+def small():
+    return (loss_fn, *parts())
+"""
+_names = (f"spectrum_problem_{i}" for i in itertools.count())
+
+
+@pytest.fixture
+def target(tmp_path, monkeypatch):
+    """Writes a module into the current folder and returns its target."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+
+    def write(extra="", name="problem"):
+        module = next(_names)
+        (tmp_path / f"{module}.py").write_text(SOURCE + extra)
+        importlib.invalidate_caches()
+        return f"{module}:{name}"
+
+    return write
+
+
+@functools.cache
+def problem():
+    """(loss_fn, params, batches, data) of the module above."""
+    space = {}
+    exec(SOURCE, space)
+    params, batches = space["parts"]()
+    data = jax.tree.map(lambda *xs: jnp.concatenate(xs), *batches)
+    return space["loss_fn"], params, batches, data
+
+
+@functools.cache
+def report():
+    loss_fn, params, batches, _ = problem()
+    return measure(loss_fn, params, batches, jax.random.key(0), k=4, layers=None)
+
+
+@functools.cache
+def dense():
+    """Hessians of the data set and of the first batch."""
+    loss_fn, params, batches, data = problem()
+    return [np.asarray(dense_hessian(loss_fn, params, x)) for x in (data, batches[0])]
+
+
+def test_numbers_are_those_of_the_dense_hessians():
+    loss_fn, params, _, data = problem()
+    whole, first = dense()
+    got = as_json(report())
+    assert (got["num_parameters"], got["num_examples"], got["num_batches"]) == (
+        20,
+        60,
+        3,
+    )
+    assert got["loss"] == pytest.approx(float(loss_fn(params, data)))
+    values = np.linalg.eigvalsh(whole)
+    scale = np.abs(values).max()
+    # The error of an eigenvalue is below its residual, 1e-3 of the largest at most.
+    near = functools.partial(np.testing.assert_allclose, atol=1e-3 * scale)
+    near(got["largest"]["eigenvalues"], values[-1:])
+    near(got["smallest"]["eigenvalues"], values[:1])
+    near(got["leading"]["eigenvalues"], sorted(values, key=abs)[:-5:-1])
+    trace = got["trace"]
+    assert abs(trace["value"] - values.sum()) < 4 * trace["stderr"]
+    assert trace["per_parameter"] == pytest.approx(trace["value"] / 20)
+    rates = got["stable_learning_rate"]
+    assert rates["sgd"] == pytest.approx(2 / values[-1], rel=1e-3)
+    assert rates["sgd_momentum_0.9"] == pytest.approx(3.8 / values[-1], rel=1e-3)
+    near(
+        got["outliers"]["eigenvalues"],
+        sorted(np.linalg.eigvalsh(first), key=abs)[:-5:-1],
+    )
+
+
+def test_noise_is_that_of_the_dense_hessians():
+    loss_fn, params, batches, _ = problem()
+    x, y = batches[0]
+    each = [
+        dense_hessian(loss_fn, params, (x[i : i + 1], y[i : i + 1])) for i in range(24)
+    ]
+    spread = np.asarray(jnp.stack(each))
+    spread = spread - spread.mean(0)
+    exact = (spread**2).sum() / 23 / 24 / 20
+    got = as_json(report())
+    noise = got["noise"]
+    assert noise["variance"] == pytest.approx(exact, rel=0.7)
+    assert abs(noise["variance"] - exact) < 4 * noise["variance_stderr"]
+    halves = [dense_hessian(loss_fn, params, (x[i::2], y[i::2])) for i in (0, 1)]
+    values = np.linalg.eigvalsh(np.asarray(halves[0] - halves[1]) / 2)
+    magnitudes = np.sort(np.abs(values))[::-1]
+    edge = 2 * magnitudes[0] - magnitudes[4]
+    assert noise["edge"] == pytest.approx(edge, rel=1e-2)
+    assert noise["semicircle_edge"] == pytest.approx(2 * noise["variance"] ** 0.5)
+    damping, mean, square = got["damping"], noise["mean"], noise["square"]
+    assert damping["identity"] == noise["variance"]
+    ratio = mean * noise["variance"] / (square - mean**2)
+    assert damping["scaled_identity"] == pytest.approx(ratio)
+    assert damping["scaled_identity_target"] == mean
+
+
+def test_overlaps_with_the_data_set_are_those_of_the_dense_vectors():
+    leading = []
+    for matrix in dense():
+        values, vectors = np.linalg.eigh(matrix)
+        leading.append(vectors[:, np.argsort(-np.abs(values))[:4]])
+    exact = ((leading[1].T @ leading[0]) ** 2).sum(1)
+    got = as_json(report())["outliers"]["measured_overlaps_squared"]
+    np.testing.assert_allclose(got, exact, atol=0.01)
+
+
+def test_densities_have_the_moments_of_the_matrices():
+    whole, first = dense()
+    found = report()
+    for matrix, spectrum in ((whole, found.density), (first, found.batch_density)):
+        assert spectrum.nodes.shape == (4, 20)
+        for order in (1, 2):
+            mean, stderr = spectrum.moment(order)
+            exact = np.trace(np.linalg.matrix_power(matrix, order)) / 20
+            assert abs(mean - exact) < 6 * stderr
+
+
+def test_layers_are_diagonal_blocks():
+    whole, _ = dense()
+    found = report()
+    # Both leaves lie at the top, so each is a layer; "a" has the first 12 parameters.
+    assert list(found.layers) == ["['a']", "['b']"]
+    for spectrum, block in zip(
+        found.layers.values(), (whole[:12, :12], whole[12:, 12:]), strict=True
+    ):
+        assert spectrum.num_parameters == len(block)
+        values = np.linalg.eigvalsh(block)
+        got = np.sort(np.asarray(spectrum.nodes[0]))
+        np.testing.assert_allclose(got[[0, -1]], values[[0, -1]], rtol=1e-6)
+
+
+def test_layers_by_expression_and_by_parent():
+    params = {
+        "x": {"w": jnp.full(5, 2.0), "b": jnp.full(3, 4.0)},
+        "y": jnp.full(2, 7.0),
+    }
+    matvec = lambda v: jax.tree.map(jnp.multiply, params, v)
+    spectra = functools.partial(layer_spectra, matvec, params)
+    key, other, last = jax.random.split(jax.random.key(0), 3)
+    by_parent = spectra(key)
+    assert {n: s.num_parameters for n, s in by_parent.items()} == {
+        "['x']": 8,
+        "['y']": 2,
+    }
+    chosen = spectra(other, select=["w|y", "b"], num_steps=3)
+    assert {n: s.num_parameters for n, s in chosen.items()} == {"w|y": 7, "b": 3}
+    np.testing.assert_allclose(chosen["b"].moment(1)[0], 4)
+    with pytest.raises(ValueError, match=r"no path of params matches 'z': choose from"):
+        spectra(last, select=["z"])
+
+
+@pytest.mark.parametrize("count", [4, 5, 16, 31, 62, 127, 128])
+def test_microbatches_leave_out_as_little_as_can_be(count):
+    n = _num_microbatches(count)
+    assert 4 <= n <= min(16, count)
+    assert count % n == min(count % m for m in range(4, min(16, count) + 1))
+
+
+@pytest.mark.slow
+def test_command_prints_a_page_and_writes_two_files(target, tmp_path, capsys):
+    extra = "def problem():\n    params, batches = parts((25, 12))\n"
+    extra += "    return loss_fn, params, batches\n"
+    name = target(extra)
+    options = ["--k", "3", "--num-steps", "9", "--num-probes", "2", "--layers", "a|b"]
+    options += ["--mode", "reverse-over-reverse"]
+    assert main(["spectrum", name, *options]) == 0
+    printed, err = capsys.readouterr()
+    assert err == ""
+    for words in (
+        f"Hessian of the data set: {name}",
+        "parameters P",
+        "trace",
+        "largest eigenvalue",
+        "smallest eigenvalue",
+        "stable learning rate, SGD",
+        "with momentum 0.9",
+        "variance m",
+        "semicircle 2",
+        "damping, eq. 15",
+        "damping, scale-equivariant",
+        "of 3 are outside",
+        "the noise",
+        "rmtdamp-spectrum/spectrum.png",
+        "note: batch 0 holds 25 examples, an odd number: its outliers are those of the",
+    ):
+        assert words in printed
+    assert max(map(len, printed.splitlines())) <= 80
+    out = tmp_path / "rmtdamp-spectrum"
+    assert {p.name for p in out.iterdir()} == {"spectrum.png", "spectrum.json"}
+    assert (out / "spectrum.png").read_bytes().startswith(b"\x89PNG")
+    got = json.loads((out / "spectrum.json").read_text())
+    assert got["settings"]["target"] == name
+    assert (got["batch_size"], got["num_examples"], got["batch_only"]) == (
+        25,
+        37,
+        False,
+    )
+    nodes = np.array(got["densities"]["layers"]["a|b"]["nodes"])
+    assert nodes.shape == (2, 9)
+    assert f"{got['trace']['value']:.3g}" in printed
+    space = {}
+    exec(SOURCE, space)
+    params, batches = space["parts"]((25, 12))
+    data = jax.tree.map(lambda *xs: jnp.concatenate(xs), *batches)
+    values = np.linalg.eigvalsh(dense_hessian(space["loss_fn"], params, data))
+    assert got["largest"]["eigenvalues"] == pytest.approx(values[-1:], rel=1e-3)
+
+
+def test_one_batch_stands_for_the_data_set():
+    loss_fn, params, batches, _ = problem()
+    found = measure(loss_fn, params, batches[:1], jax.random.key(1), k=4)
+    assert found.batch_only
+    assert found.density is found.batch_density
+    assert as_json(found)["outliers"]["measured_overlaps_squared"] is None
+    values = np.linalg.eigvalsh(dense()[1])
+    np.testing.assert_allclose(found.largest.eigenvalues, values[-1:], rtol=1e-3)
+    assert len(picture(found, "x").axes) == 1
+    assert len(picture(report(), "x").axes) == 4
+
+
+def test_numbers_without_a_value_are_null_in_json_and_words_on_the_page(capsys):
+    import rich
+
+    found = report()
+    flat = found.largest._replace(eigenvalues=jnp.array([-1.0]))
+    lost = found.moments._replace(mean=jnp.array(-0.5))
+    for moments, words, value in (
+        (lost, "none", None),
+        (lost._replace(mean=jnp.array(1.0), square=jnp.array(0.5)), "infinite", None),
+    ):
+        changed = found._replace(largest=flat, moments=moments)
+        got = json.loads(json.dumps(as_json(changed), allow_nan=False))
+        assert got["stable_learning_rate"]["sgd"] is None
+        assert got["damping"]["scaled_identity"] is value
+        rich.print(page(changed, "x"))
+        printed = capsys.readouterr().out
+        assert words in printed
+        assert "any" in printed
+
+
+@pytest.mark.parametrize(
+    ("field", "part", "message"),
+    [
+        ("trace", "value", "the trace of the data set is not finite: .* at 0"),
+        ("leading", "eigenvalues", "an eigenvalue of the data set is not finite"),
+        ("moments", "variance", "the variance of batch 0 is not finite"),
+        ("outliers", "edge", "the edge of the noise of batch 0 is not finite"),
+    ],
+)
+def test_results_that_are_not_finite_are_refused(field, part, message):
+    check_finite(report())
+    side = getattr(report(), field)
+    side = side._replace(**{part: getattr(side, part) * jnp.inf})
+    with pytest.raises(ValueError, match=message):
+        check_finite(report()._replace(**{field: side}))
+
+
+RETURN = "def problem():\n    params, batches = parts()\n    return "
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            "def other(): pass\n",
+            "has no 'problem': it has loss_fn, parts, small, other",
+        ),
+        ("problem = 3\n", "is of type int, and must be a function that returns"),
+        ("def problem(x): pass\n", "is called without arguments, and needs some"),
+        ("def problem(): import nowhere_at_all\n", "needs 'nowhere_at_all', which is"),
+        (
+            RETURN + "loss_fn, params",
+            "returned a tuple of 2, and must return a tuple of",
+        ),
+        (RETURN + "params", "returned a dict, and must return a tuple of three"),
+        (
+            RETURN + "3, params, batches",
+            "loss_fn is of type int, and must be a function",
+        ),
+        (
+            RETURN + "loss_fn, {'a': jnp.arange(3)}, batches",
+            "params['a'] is int64, and curvature needs arrays of a real floating dtype",
+        ),
+        (RETURN + "loss_fn, params, []", "batches is empty, and at least one batch is"),
+        (
+            RETURN + "loss_fn, params, 7",
+            "batches is of type int, and must be an iterable",
+        ),
+        (
+            RETURN + "loss_fn, params, {'x': 1}",
+            "batches is a single dict, and must be an iterable of batches: return [",
+        ),
+        (
+            RETURN + "loss_fn, params, batches[0][0]",
+            "batches is a single ArrayImpl, and must be an iterable of batches",
+        ),
+        (
+            RETURN + "loss_fn, params, batches[0]",
+            "fails on batch 0: ValueError: too many values to unpack",
+        ),
+        (
+            RETURN + "loss_fn, params, (b for b in batches)",
+            "batches is of type generator, which is exhausted after one pass",
+        ),
+        (
+            "class Once:\n    def __init__(self, x): self.x = iter(x)\n"
+            "    def __iter__(self): return self.x\n"
+            + RETURN
+            + "loss_fn, params, Once(batches)",
+            "batches gave no batch on the second pass, and every product is a pass",
+        ),
+        (
+            "class Noisy(list):\n    scale = 1.0\n"
+            "    def __iter__(self):\n        self.scale *= 2\n"
+            "        pairs = list.__iter__(self)\n"
+            "        return iter([(x * self.scale, y) for x, y in pairs])\n"
+            + RETURN
+            + "loss_fn, params, Noisy(batches)",
+            "batches differ from pass to pass: loss",
+        ),
+        (
+            "def problem():\n    params, batches = parts((3, 9))\n"
+            "    return loss_fn, params, batches",
+            "batch 0 holds 3 examples, and its noise can be measured from 4 on",
+        ),
+        (
+            RETURN + "lambda p, b: b[0] @ p['a'], params, batches",
+            "loss_fn must return a real scalar and returned shape (24, 4)",
+        ),
+        (
+            RETURN + "lambda p, b: (loss_fn(p, b), 1), params, batches",
+            "loss_fn must return one scalar and returned a tuple",
+        ),
+        (
+            RETURN + "lambda p, b: loss_fn(p, b) * jnp.nan, params, batches",
+            "loss_fn gives nan on batch 0: no curvature there would be finite",
+        ),
+        (
+            RETURN
+            + "loss_fn, params, [*batches, (batches[0][0] * jnp.inf, batches[0][1])]",
+            "loss_fn gives nan on batch 3: no curvature there",
+        ),
+        (
+            RETURN + "loss_fn, params, [*batches, (batches[0][0][:, :2],) * 2]",
+            "loss_fn(params, batch) fails on batch 3: TypeError: ",
+        ),
+        (
+            RETURN + "lambda p, b: loss_fn(p, b) + jnp.sqrt(jnp.sum(0 * p['b'])),"
+            "params, batches",
+            "the Hessian of batch 0 is not finite at params['b'], though the loss is",
+        ),
+        (
+            RETURN + "lambda p, b: jnp.mean(b[0] @ p['a'][:, 0]) ** 2, "
+            "{'a': jnp.ones((3, 1))}, batches",
+            "params hold 3 numbers, and the noise is judged from 5 on",
+        ),
+    ],
+    ids=lambda x: None if x.endswith("\n") or "problem" in x else x[:30],
+)
+def test_problems_that_are_refused(target, capsys, extra, message):
+    assert main(["spectrum", target(extra)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("rmtdamp: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("digits", [], "'digits' is not of the form module:function, such as rmtdamp."),
+        (":digits", [], "':digits' is not of the form module:function"),
+        ("nowhere_at_all:f", [], "there is no module 'nowhere_at_all', neither in "),
+        ("rmtdamp.nowhere:f", [], "there is no module 'rmtdamp.nowhere', neither in "),
+        (
+            "model.py:f",
+            [],
+            "'model.py' is a file, and a module is needed: write model:f",
+        ),
+        (
+            "small",
+            ["--k", "21"],
+            "k is 21, and must lie between 1 and the 20 parameters",
+        ),
+        ("small", ["--k", "0"], "'0' is not a whole number of at least 1"),
+        ("small", ["--mode", "forward"], "invalid choice: 'forward'"),
+        ("small", ["--out", "taken"], "cannot write to taken: "),
+        ("small", ["--colour"], "unrecognized arguments: --colour"),
+    ],
+)
+def test_command_lines_that_are_refused(
+    target, tmp_path, capsys, name, options, message
+):
+    (tmp_path / "taken").write_text("")
+    name = target(name="small") if name == "small" else name
+    try:
+        code = main(["spectrum", name, *options])
+    except SystemExit as stop:
+        code = stop.code
+    err = capsys.readouterr().err
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_module_that_lacks_something_is_told_from_one_that_is_missing(target, capsys):
+    assert main(["spectrum", target("import nowhere_at_all\n")]) == 2
+    assert "needs 'nowhere_at_all', which is not installed" in capsys.readouterr().err
+
+
+def test_an_error_in_the_user_s_function_keeps_its_traceback(target):
+    with pytest.raises(ZeroDivisionError):
+        main(["spectrum", target("def problem(): return 1 / 0\n")])
+
+
+def test_a_loss_that_is_no_mean_is_measured_with_a_note():
+    loss_fn, params, batches, _ = problem()
+    summed = lambda p, b: loss_fn(p, b) * b[0].shape[0]
+    found = look(
+        summed,
+        params,
+        batches,
+        jax.random.key(2),
+        mode="forward-over-reverse",
+        batch_only=True,
+    )
+    assert "do not trust variance, damping and outliers: loss_fn sums" in found.notes[0]
+    assert found.counts == [24]
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["spectrum", "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for option in ("--out", "--k", "--num-steps", "--layers", "--batch-only", "--mode"):
+        assert f"{option} " in text
+    assert "rmtdamp.demo.spectrum_example:digits" in text
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "python -m rmtdamp spectrum" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_example_is_a_problem():
+    from rmtdamp.demo.spectrum_example import digits
+
+    with jax.numpy_rank_promotion("allow"):
+        check_example(*digits())
+
+
+def check_example(loss_fn, params, batches):
+    assert [len(labels) for _, labels in batches] == [256] * 5
+    loss = float(loss_fn(params, batches[0]))
+    assert 0.05 < loss < 0.5  # trained, and not to the end
+
+
+def test_without_the_extra_the_command_names_it(monkeypatch):
+    name = "rmtdamp.spectrum._command"
+    for module in (name, "rmtdamp.spectrum._page"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    for module in [x for x in sys.modules if x.split(".")[0] == "rich"]:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(
+        SystemExit, match=r"needs rich.*: pip install 'rmtdamp\[plot\]'"
+    ):
+        importlib.import_module(name)
