@@ -106,8 +106,8 @@ def parser() -> argparse.ArgumentParser:
         "--rule",
         choices=RULES,
         default=default.rule,
-        help="of the learners: identity (eq. 15) or scaled-identity (Ledoit-Wolf; follows "
-        "the loss's scale)",
+        help="of the learners: identity (eq. 15) or scaled-identity (Ledoit-Wolf; "
+        "follows the loss's scale)",
     )
     add(
         "--form",

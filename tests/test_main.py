@@ -11,7 +11,8 @@ from sklearn.datasets import load_digits
 
 from rmtdamp.__main__ import main
 from rmtdamp.demo import _train
-from rmtdamp.demo._data import DataError, load_idx, read_idx
+from rmtdamp.demo._data import DataError, load_digits as digits, load_idx, read_idx
+from rmtdamp.demo._train import DEFAULT_METHODS, METHODS
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -212,3 +213,14 @@ def test_help_explains_every_option(capsys):
     for field in _train.Settings._fields:
         assert "--" + field.replace("_", "-") in text
     assert "%%" not in text
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - set(DEFAULT_METHODS)))
+def test_other_learners_train(method):
+    """From a loss of log 10, in 20 epochs of 14 steps, at a learning rate for them."""
+    settings = _train.Settings(
+        epochs=20, width=16, learning_rate=1e-2, floor=1e-1, every=5
+    )
+    *_, last = _train.train(digits(), method, settings, seed=0)
+    assert last.train_loss < 1.0
+    assert last.damping > settings.floor

@@ -13,11 +13,18 @@ import optax
 from flax import nnx
 
 import rmtdamp
+import rmtdamp.flax
 
 from ._data import Dataset
 
 DEFAULT_METHODS = ("sgd", "adam", "adam-shrinkage", "auto-adam")
-METHODS = (*DEFAULT_METHODS, "auto-lanczos", "auto-spectral", "auto-shampoo")
+METHODS = (
+    *DEFAULT_METHODS,
+    "auto-lanczos",
+    "auto-kfac",
+    "auto-spectral",
+    "auto-shampoo",
+)
 
 
 class Settings(NamedTuple):
@@ -76,6 +83,12 @@ def build(sizes: tuple[int, ...], seed: int):
     return loss_fn, predict, nnx.as_pure(nnx.state(model, nnx.Param))
 
 
+def cross_entropy(logits, labels):
+    """The mean loss over a batch."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.mean(losses)
+
+
 @functools.cache
 def _functions(sizes):
     """One pair per architecture, so that seeds and methods share what is compiled."""
@@ -84,25 +97,29 @@ def _functions(sizes):
     def predict(params, images):
         return nnx.merge(graphdef, params)(images)
 
-    def loss_fn(params, batch):
+    def loss_fn(params, batch, *state):
+        del state  # empty
         images, labels = batch
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            predict(params, images), labels
-        )
-        return jnp.mean(losses)
+        return cross_entropy(predict(params, images), labels)
 
     return loss_fn, predict
 
 
 @functools.cache
-def transformation(method: str, settings: Settings, loss_fn, total_steps: int):
+def _factors(sizes):
+    return rmtdamp.flax.nnx_factors(Classifier(sizes, nnx.Rngs(0)), cross_entropy)
+
+
+@functools.cache
+def transformation(method: str, settings: Settings, sizes, total_steps: int):
     """The optimiser that a method's name stands for; one object, compiled once."""
     return optax.with_extra_args_support(
-        _optimiser(method, settings, loss_fn, total_steps)
+        _optimiser(method, settings, sizes, total_steps)
     )
 
 
-def _optimiser(method, settings, loss_fn, total_steps):
+def _optimiser(method, settings, sizes, total_steps):
+    loss_fn, _ = _functions(sizes)
     anneal = rmtdamp.schedules.linear_anneal_schedule
     rate = anneal(settings.learning_rate, total_steps)
     if method == "sgd":
@@ -125,6 +142,7 @@ def _optimiser(method, settings, loss_fn, total_steps):
         "auto-lanczos": lambda: rmtdamp.lanczos_newton(
             rate, loss_fn, num_steps=20, damping=1.0, every=settings.every
         ),
+        "auto-kfac": lambda: rmtdamp.kfac(rate, _factors(sizes)),
         "auto-spectral": lambda: rmtdamp.spectral(rate),
         "auto-shampoo": lambda: rmtdamp.shampoo(rate, every=settings.every),
     }
@@ -142,7 +160,10 @@ def _train_epoch(tx, loss_fn, params, opt_state, data, order):
         params, opt_state = carry
         batch = jax.tree.map(lambda x: x[rows], data)
         grads = jax.grad(loss_fn)(params, batch)
-        updates, opt_state = tx.update(grads, opt_state, params, batch=batch)
+        # The network has no state but its params; `nnx_factors` asks for it.
+        updates, opt_state = tx.update(
+            grads, opt_state, params, batch=batch, loss_args=({},)
+        )
         return (optax.apply_updates(params, updates), opt_state), None
 
     return jax.lax.scan(step, (params, opt_state), order)[0]
@@ -172,7 +193,7 @@ def train(
     sizes = (data.train[0].shape[1], settings.width, settings.width, data.num_classes)
     loss_fn, predict, params = build(sizes, seed)
     num_batches = len(data.train[1]) // settings.batch_size
-    tx = transformation(method, settings, loss_fn, settings.epochs * num_batches)
+    tx = transformation(method, settings, sizes, settings.epochs * num_batches)
     opt_state = tx.init(params)
     train_data, test_data = jax.device_put((data.train, data.test))
     rng = np.random.default_rng(seed)

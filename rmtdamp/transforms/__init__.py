@@ -20,6 +20,12 @@ from ._auto import (
     refresh_damping as refresh_damping,
 )
 from ._auto_adam import auto_adam as auto_adam
+from ._kfac import (
+    refresh_factors as refresh_factors,
+    scale_by_kfac as scale_by_kfac,
+)
+from ._kfac_optimizer import kfac as kfac
+from ._kfac_state import KFACState as KFACState
 from ._lanczos import (
     ScaleByLanczosState as ScaleByLanczosState,
     scale_by_lanczos as scale_by_lanczos,

@@ -1,0 +1,195 @@
+"""linen model as a function, loss -> FactorsFn: layers are met as the model calls them.
+
+Inside `flax.linen.intercept_methods` a layer's call is answered by a clone of the layer
+whose product is shown to the tape.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from rmtdamp._types import LossFn, Params
+from rmtdamp.hessian._factors import Diagonal, FactorsFn, Fisher
+from rmtdamp.hessian._gauss_newton import SampleFn
+from rmtdamp.hessian._kronecker import Sharing, leaf_names, make_blocks
+
+from ._hooks import Layers, choose, taped_convolution, taped_dot_general
+
+_LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv)
+
+
+def _name(module: nn.Module) -> str:
+    return "/".join(module.path) or "model"
+
+
+def _intercept(answer: Callable) -> Any:
+    """Let `answer(module, args, kwargs)` answer calls of layers, unless it is None."""
+    inside = False
+
+    def interceptor(next_fun, args, kwargs, context):
+        nonlocal inside
+        module = context.module
+        layer = isinstance(module, _LAYERS) and context.method_name == "__call__"
+        if not layer or inside:
+            return next_fun(*args, **kwargs)
+        inside = True  # the clone's own call goes its way
+        try:
+            outputs = answer(module, args, kwargs)
+        finally:
+            inside = False
+        return next_fun(*args, **kwargs) if outputs is None else outputs
+
+    return nn.intercept_methods(interceptor)
+
+
+def _function(module, attribute: str) -> Callable | None:
+    made = getattr(module, f"{attribute}_cls", None)
+    return made() if made else getattr(module, attribute, None)
+
+
+def _taped_call(module, tape, args, kwargs):
+    name = _name(module)
+    if isinstance(module, nn.Conv):
+        attribute, wrap = "conv_general_dilated", taped_convolution
+    else:
+        attribute, wrap = "dot_general", taped_dot_general
+    hooks: dict[str, Any] = {f"{attribute}_cls": None}
+    hooks[attribute] = wrap(tape, name, _function(module, attribute))
+    clone = module.clone(parent=None, **hooks)
+    return clone.apply({"params": module.variables["params"]}, *args, **kwargs)
+
+
+def _layer(module, inputs, leaves: dict[str, tuple]) -> dict | None:
+    """The layer's entry for `make_blocks`; None if its block is diagonal."""
+    leaf = lambda name: "/".join((*module.path, name))
+    spec: dict[str, Any] = {"kernel": leaf("kernel")}
+    if isinstance(module, nn.Conv):
+        if module.mask is not None:  # its kernel is not what is multiplied
+            return None
+        spec["groups"] = module.feature_group_count
+    elif isinstance(module, nn.DenseGeneral):
+        axes = [module.axis] if isinstance(module.axis, int) else module.axis
+        axes = [axis % inputs.ndim for axis in axes]
+        trailing = list(range(inputs.ndim - len(axes), inputs.ndim))
+        if module.batch_dims or axes != trailing:
+            return None
+        features = module.features
+        spec["num_outputs"] = (
+            features if isinstance(features, int) else math.prod(features)
+        )
+    kernel = module.variables["params"]["kernel"]
+    shapes = [leaf.shape for leaf in jax.tree.leaves(kernel)]
+    # Params of another model, or under another name, are none of ours.
+    if [leaves.get(spec["kernel"])] != shapes:
+        return None
+    if module.use_bias and leaf("bias") in leaves:
+        spec["bias"] = leaf("bias")
+    return spec
+
+
+def linen_factors(
+    model_fn: Callable[..., Any],
+    loss: LossFn,
+    params: Params,
+    inputs: Any,
+    *,
+    loss_args: tuple = (),
+    layers: Layers = None,
+    fisher: Fisher = "sampled",
+    sample_fn: SampleFn | None = None,
+    sharing: Sharing = "expand",
+    diagonal: Diagonal = "examples",
+    terms: int = 1,
+    precision: str | None = "highest",
+) -> FactorsFn:
+    """Kronecker factors of an unchanged linen model, for `scale_by_kfac`.
+
+    `nn.Dense`, `nn.DenseGeneral` (with it attention) and `nn.Conv` of any stride,
+    padding, dilation and feature groups get a Kronecker block, the bias folded in; all
+    else (norm scales, embeddings, bare params, layers inside `nn.scan`) a diagonal one.
+    `rmtdamp.hessian.block_table(factors_fn.blocks)` says which.
+
+    Args:
+        model_fn: `model_fn(params, inputs, *loss_args) -> outputs`, in evaluation mode;
+            as a rule `lambda params, x: model.apply({"params": params}, x)`.
+        loss: `loss(outputs, targets) -> scalar`, the mean loss.
+        params: as trained, for shapes.
+        inputs: an example of the model's inputs, for shapes.
+        loss_args: an example of further arguments (batch statistics), for shapes.
+        layers: which layers get a Kronecker block: names or patterns such as
+            "encoder/*", or a function of the name; default all.
+        fisher: "sampled", "empirical" or "ggn"; this and the rest: see `FactorsFn`.
+        sample_fn: draws targets.
+        sharing: "expand" or "reduce".
+        diagonal: "examples" or "signs".
+        terms: independent terms per example that the loss takes the mean over.
+        precision: matmul precision.
+
+    Returns:
+        `factors_fn(params, batch, key, *loss_args)`, batch a pair (inputs, targets).
+        Make it once.
+
+    Raises:
+        ValueError: `layers` matches nothing.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> import flax.linen as nn
+        >>> import rmtdamp, rmtdamp.flax
+        >>> from rmtdamp.hessian import block_table
+        >>> model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(3)])
+        >>> def model_fn(params, x):
+        ...     return model.apply({"params": params}, x)
+        >>> def loss(logits, labels):
+        ...     return optax.softmax_cross_entropy_with_integer_labels(
+        ...         logits, labels
+        ...     ).mean()
+        >>> x = jnp.ones((16, 4))
+        >>> params = model.init(jax.random.key(0), x)["params"]
+        >>> factors_fn = rmtdamp.flax.linen_factors(model_fn, loss, params, x)
+        >>> print(block_table(factors_fn.blocks))
+        layer     params        block
+        layers_0  (4, 8), (8,)  Kronecker 5 x 8
+        layers_2  (8, 3), (3,)  Kronecker 9 x 3
+    """
+    if hasattr(model_fn, "lower"):  # jitted: what it remembers would escape the tape
+        model_fn = getattr(model_fn, "__wrapped__", model_fn)
+    leaves = {
+        name: tuple(leaf.shape)
+        for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True)
+    }
+    specs: dict[str, dict] = {}
+
+    def discover(module, args, kwargs):
+        spec = _layer(module, args[0] if args else kwargs["inputs"], leaves)
+        if spec is not None:
+            specs[_name(module)] = spec
+
+    with _intercept(discover):
+        # A function of its own: JAX remembers the shapes of one that it has met.
+        jax.eval_shape(lambda *args: model_fn(*args), params, inputs, *loss_args)
+    chosen = choose(specs, layers)
+
+    def taped_fn(params, inputs, tape, *loss_args):
+        def answer(module, args, kwargs):
+            if _name(module) in chosen:
+                return _taped_call(module, tape, args, kwargs)
+            return None
+
+        with _intercept(answer):
+            return model_fn(params, inputs, *loss_args)
+
+    return FactorsFn(
+        model_fn=taped_fn,
+        loss_fn=loss,
+        blocks=make_blocks(params, {name: specs[name] for name in sorted(chosen)}),
+        fisher=fisher,
+        sample_fn=sample_fn,
+        sharing=sharing,
+        diagonal=diagonal,
+        terms=terms,
+        precision=precision,
+    )

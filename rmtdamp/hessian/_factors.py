@@ -1,0 +1,366 @@
+"""model, loss, batch -> the Kronecker and diagonal factors of the curvature.
+
+    params, inputs  ->  outputs, and each layer's inputs on a tape
+                        |  the loss: a gradient u per label, or C that make its Hessian
+                        v
+                    output gradients of each layer  ->  LayerRecord  ->  Factors
+
+The gradient of a layer's outputs is that of a zero array which the tape adds to them (a
+tap). So a model takes part by showing the tape its layers' inputs and outputs; for Flax
+`rmtdamp.flax` does this from outside.
+
+Gradients are those of an example's own loss, N times the mean loss's.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from rmtdamp._tree import accumulation_dtype, check_params, num_examples
+from rmtdamp._types import Batch, Key, LossFn, Params
+
+from ._apply import is_traced
+from ._gauss_newton import SampleFn, _check_outputs, _pair
+from ._kronecker import (
+    Block,
+    Factors,
+    Sharing,
+    kronecker_factors,
+    layer_record,
+)
+from ._products import check_scalar, matmul_precision
+from ._tape import Tape
+
+Fisher = Literal["sampled", "empirical", "ggn"]
+Diagonal = Literal["examples", "signs"]
+
+
+class Curvature(Protocol):
+    """What KFAC needs to know of a model; `FactorsFn` is one, write others freely.
+
+    Hashable, as it is a static argument of compiled functions; make it once.
+    """
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The block of each leaf, from `make_blocks`."""
+        ...
+
+    def __call__(self, params: Params, batch: Batch, key: Key, *loss_args) -> Factors:
+        """The factors at one point, in float32 or wider."""
+        ...
+
+
+TapedFn = Callable[..., Any]  # model_fn(params, inputs, tape, *loss_args) -> outputs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FactorsFn:
+    r"""Measures the Kronecker and diagonal factors of a model with a loss.
+
+    For a layer with inputs a and output gradients g the block is A x G (Kronecker
+    product), A = E[a a^T] and G = E[g g^T], where a layer that meets an example at T
+    places sums or averages over them (`sharing`); every other leaf has the mean over
+    examples of its squared gradients. Which gradients is `fisher`:
+
+    - "sampled": labels drawn from the model, `sample_fn(key, outputs)`. In expectation
+      this is the Fisher matrix, the Gauss-Newton matrix of a likelihood. One backward
+      pass.
+    - "empirical": the labels of the batch. What the paper's experiments ran.
+    - "ggn": all C gradients u_c with sum_c u_c u_c^T the Hessian of an example's loss
+      in its outputs, exact for any convex loss that adds up over examples (softmax
+      cross-entropy, squared error). C backward passes, C the number of outputs.
+
+    Unit: A x G has that of the loss's Hessian.
+
+    Args:
+        model_fn: `model_fn(params, inputs, tape, *loss_args) -> outputs`, one row per
+            example; shows each layer to the `Tape` under the name of its block.
+        loss_fn: `loss_fn(outputs, targets) -> scalar`, the mean loss.
+        blocks: from `make_blocks`.
+        fisher: "sampled", "empirical" or "ggn".
+        sample_fn: draws targets for "sampled"; the default suits logits and integer
+            labels. For half the squared distance:
+            `lambda key, z: z + jax.random.normal(key, z.shape)`.
+        sharing: "expand" treats the T places as independent, "reduce" as parts of a
+            mean: see `layer_record`.
+        diagonal: "examples" runs the model example by example, which costs a gradient
+            and N copies of the diagonal leaves; "signs" squares one gradient of the
+            batch in which examples have random signs, N times cheaper in memory and
+            right in expectation (large embeddings).
+        terms: independent terms per example that the loss takes the mean over, such as
+            tokens; the squared gradients of "sampled" and "empirical" grow by it, so
+            that they have the Hessian's scale.
+        precision: matmul precision; None leaves the global setting.
+
+    Raises:
+        ValueError: an unknown choice; when called, a bad batch, outputs without a row
+            per example, sampled targets unlike those of the batch, a layer that the
+            model does not show or that is called with different shapes.
+        TypeError: when called, params that are not real floats, or a loss that is not
+            a scalar.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from rmtdamp.hessian import FactorsFn, make_blocks
+        >>> def model_fn(params, x, tape):
+        ...     return tape.linear("dense", x, x @ params["kernel"])
+        >>> def loss_fn(outputs, targets):
+        ...     return 0.5 * jnp.mean(jnp.sum((outputs - targets) ** 2, axis=1))
+        >>> params = {"kernel": jnp.zeros((2, 3))}
+        >>> factors_fn = FactorsFn(
+        ...     model_fn=model_fn,
+        ...     loss_fn=loss_fn,
+        ...     blocks=make_blocks(params, {"dense": {"kernel": "kernel"}}),
+        ...     fisher="ggn",
+        ... )
+        >>> batch = jnp.array([[1.0, 0.0], [0.0, 3.0]]), jnp.zeros((2, 3))
+        >>> (found,) = factors_fn(params, batch, jax.random.key(0)).kronecker
+        >>> print(found.inputs[0])
+        [[0.5 0. ]
+         [0.  4.5]]
+        >>> bool(jnp.allclose(found.outputs[0], jnp.eye(3), atol=1e-5))
+        True
+
+    References:
+        Martens and Grosse, 2015, sections 2 and 3. Eschenhagen et al., 2023.
+    """
+
+    model_fn: TapedFn
+    loss_fn: LossFn
+    blocks: tuple[Block, ...]
+    fisher: Fisher = "sampled"
+    sample_fn: SampleFn | None = None
+    sharing: Sharing = "expand"
+    diagonal: Diagonal = "examples"
+    terms: int = 1
+    precision: str | None = "highest"
+
+    def __post_init__(self):
+        for name, choices in (
+            ("fisher", Fisher),
+            ("sharing", Sharing),
+            ("diagonal", Diagonal),
+        ):
+            if getattr(self, name) not in choices.__args__:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}: choose from "
+                    f"{', '.join(choices.__args__)}"
+                )
+        if self.terms < 1:
+            raise ValueError(f"terms is {self.terms}, and must be at least 1")
+
+    def __call__(self, params: Params, batch: Batch, key: Key, *loss_args) -> Factors:
+        """Measure.
+
+        Args:
+            params: pytree of real floating arrays.
+            batch: a pair (inputs, targets) of pytrees with one leading axis.
+            key: a key of `jax.random`, for sampled labels and random signs.
+            *loss_args: further arguments of the model.
+
+        Returns:
+            `Factors`, in float32 or the params' dtype if that is wider.
+        """
+        check_params(params)
+        inputs, targets = _pair(batch)
+        label_key, sign_key = jax.random.split(key)
+        with matmul_precision(self.precision):
+            outputs, calls, pull = self._run(params, inputs, loss_args)
+            _check_outputs(outputs, inputs)
+            directions = self._directions(outputs, targets, label_key)
+            gradients = _each(pull, directions)
+            records = self._records(calls, gradients, num_examples(inputs), params)
+            kronecker = tuple(map(kronecker_factors, records))
+            measure = self._per_example if self.diagonal == "examples" else self._signed
+            diagonal = measure(params, inputs, loss_args, directions, sign_key)
+        return Factors(kronecker, diagonal, records)
+
+    def _run(self, params, inputs, loss_args):
+        """Outputs, each layer's calls, and the map to the taps' gradients."""
+
+        def run(taps, params=params, inputs=inputs, loss_args=loss_args):
+            tape = Tape(taps)
+            outputs = self.model_fn(params, inputs, tape, *loss_args)
+            return outputs, tape.calls
+
+        taps = _zeros_like_outputs(
+            lambda *model_args: run(None, *model_args)[1], params, inputs, loss_args
+        )
+        outputs, pull, calls = jax.vjp(run, taps, has_aux=True)
+        return outputs, calls, lambda direction: pull(direction)[0]
+
+    def _directions(self, outputs, targets, key):
+        """The gradients u of each example's loss: leaves (C, N, ...)."""
+        check_scalar(self.loss_fn, outputs, targets, ())
+        count = num_examples(outputs)
+        if self.fisher == "ggn":
+            return _hessian_roots(self.loss_fn, outputs, targets, count)
+        if self.fisher == "sampled":
+            sampled = (self.sample_fn or jax.random.categorical)(key, outputs)
+            _check_sampled(sampled, targets)
+            targets = sampled
+        gradient = jax.grad(self.loss_fn)(outputs, targets)
+        return jax.tree.map(lambda u: count * self.terms**0.5 * u[None], gradient)
+
+    def _records(self, calls, gradients, count, params):
+        dtype = accumulation_dtype(params)
+        records = []
+        for block in self.blocks:
+            if not block.groups:
+                continue
+            if block.name not in calls:
+                raise ValueError(
+                    f"layer {block.name!r} was not called by the model: leave it to a "
+                    "diagonal block (layers=)"
+                )
+            rows = [x for x, _ in calls[block.name]]
+            if rows[0].shape[0] % count:
+                raise ValueError(
+                    f"layer {block.name!r} sees {rows[0].shape[0]} rows, which "
+                    f"{count} examples do not divide, so they cannot be told apart: "
+                    "leave it to a diagonal block (layers=)"
+                )
+            a = [jnp.reshape(x, (count, -1, *x.shape[1:])) for x in rows]
+            g = [
+                jnp.reshape(x, (x.shape[0], count, -1, block.groups, block.columns))
+                for x in gradients[block.name]
+            ]
+            records.append(
+                layer_record(
+                    jnp.concatenate(a, axis=1),
+                    jnp.concatenate(g, axis=2),
+                    bias=len(block.leaves) > 1,
+                    sharing=self.sharing,
+                    dtype=dtype,
+                )
+            )
+        return tuple(records)
+
+    def _diagonal_model(self, params, loss_args):
+        """The diagonal leaves, and the model as a function of them and of inputs."""
+        leaves, treedef = jax.tree.flatten(params)
+        places = [block.leaves[0] for block in self.blocks if not block.groups]
+
+        def model(chosen, inputs):
+            mixed = list(leaves)
+            for place, leaf in zip(places, chosen, strict=True):
+                mixed[place] = leaf
+            rebuilt = jax.tree.unflatten(treedef, mixed)
+            return self.model_fn(rebuilt, inputs, Tape(keep=False), *loss_args)
+
+        return tuple(leaves[place] for place in places), model
+
+    def _per_example(self, params, inputs, loss_args, directions, key):
+        """Mean over examples of the squared gradients, summed over the C of each."""
+        chosen, model = self._diagonal_model(params, loss_args)
+        if not chosen:
+            return ()
+        dtype = accumulation_dtype(params)
+
+        def squares(x, u):
+            row = lambda leaf: leaf[None]
+            _, pull = jax.vjp(lambda c: model(c, jax.tree.map(row, x)), chosen)
+            (gradients,) = _each(lambda v: pull(jax.tree.map(row, v)), u)
+            return [jnp.sum(jnp.square(g.astype(dtype)), axis=0) for g in gradients]
+
+        over_examples = jax.vmap(squares, in_axes=(0, 1))(inputs, directions)
+        return tuple(jnp.mean(x, axis=0) for x in over_examples)
+
+    def _signed(self, params, inputs, loss_args, directions, key):
+        """The squared gradient of the batch with random signs, over N."""
+        chosen, model = self._diagonal_model(params, loss_args)
+        if not chosen:
+            return ()
+        dtype = accumulation_dtype(params)
+        num_gradients, count = jax.tree.leaves(directions)[0].shape[:2]
+        signs = jax.random.rademacher(key, (num_gradients, count))
+        signed = jax.tree.map(
+            lambda u: jnp.einsum("cn,cn...->n...", signs.astype(u.dtype), u), directions
+        )
+        _, pull = jax.vjp(lambda c: model(c, inputs), chosen)
+        return tuple(
+            jnp.square(gradient.astype(dtype)) / count for gradient in pull(signed)[0]
+        )
+
+
+def _zeros_like_outputs(calls_fn, *arguments):
+    """Zeros for each call of a layer; refuses layers inside transformed functions.
+
+    Returns:
+        Per layer a list of arrays.
+
+    Raises:
+        ValueError: a layer's outputs belong to the inside of a scan, vmap, ...
+    """
+    outputs = lambda *args: {
+        # An operation, as JAX lets foreign tracers pass that nothing is done with.
+        name: [y[None] for _, y in calls]
+        for name, calls in calls_fn(*args).items()
+    }
+    hint = (
+        "a layer sits inside a transformed part of the model (scan, vmap, jit, "
+        "checkpoint), from which its inputs cannot be handed out: leave it to a "
+        "diagonal block (layers=)"
+    )
+    try:
+        traced, shapes = jax.make_jaxpr(outputs, return_shape=True)(*arguments)
+    except jax.errors.UnexpectedTracerError as error:
+        raise ValueError(hint) from error
+    if is_traced(traced.consts):  # what came from neither arguments nor constants
+        raise ValueError(hint)
+    return jax.tree.map(lambda y: jnp.zeros(y.shape[1:], y.dtype), shapes)
+
+
+def _each(pull, directions):
+    """`pull` for each of C directions; one needs no batching."""
+    if jax.tree.leaves(directions)[0].shape[0] > 1:
+        return jax.vmap(pull)(directions)
+    single = pull(jax.tree.map(lambda u: u[0], directions))
+    return jax.tree.map(lambda x: x[None], single)
+
+
+def _hessian_roots(loss_fn, outputs, targets, count):
+    """u_c with sum_c u_c u_c^T the Hessian of each example's loss: (C, N, ...)."""
+    if not isinstance(outputs, jax.Array):
+        raise ValueError(
+            f"fisher='ggn' needs a model with one array of outputs, and got a "
+            f"{type(outputs).__name__}: take 'sampled' or 'empirical'"
+        )
+    flat = jnp.reshape(outputs, (count, -1))
+    dtype = accumulation_dtype(outputs)
+    flat = flat.astype(dtype)
+    loss = lambda z: loss_fn(
+        jnp.reshape(z, outputs.shape).astype(outputs.dtype), targets
+    ).astype(dtype)
+
+    def column(unit):
+        tangent = jnp.broadcast_to(unit[None], flat.shape)
+        return jax.jvp(jax.grad(loss), (flat,), (tangent,))[1]
+
+    hessian = count * jax.vmap(column)(jnp.eye(flat.shape[1], dtype=dtype))
+    hessian = jnp.moveaxis(hessian, 0, 2)
+    values, vectors = jnp.linalg.eigh((hessian + jnp.swapaxes(hessian, 1, 2)) / 2)
+    roots = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
+    roots = jnp.moveaxis(roots, 2, 0).astype(outputs.dtype)
+    return jnp.reshape(roots, (-1, *outputs.shape))
+
+
+def _check_sampled(sampled, targets) -> None:
+    describe = lambda tree: [
+        (jnp.shape(x), jnp.issubdtype(jnp.result_type(x), jnp.floating))
+        for x in jax.tree.leaves(tree)
+    ]
+    if describe(sampled) != describe(targets):
+        shapes = [
+            [jnp.shape(x) for x in jax.tree.leaves(t)] for t in (sampled, targets)
+        ]
+        raise ValueError(
+            f"sampled targets have shapes {shapes[0]} and those of the batch "
+            f"{shapes[1]}, or integers meet floats: hand over sample_fn(key, outputs) "
+            "that draws targets of the batch's kind (the default draws integer labels "
+            "from logits), or take fisher='ggn'"
+        )

@@ -1,0 +1,502 @@
+"""Kronecker factors against matrices that are built entry by entry."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import mlp, mlp_batch, mlp_loss
+
+from rmtdamp.hessian._factors import FactorsFn
+from rmtdamp.hessian._kronecker import (
+    KroneckerFactors,
+    block_table,
+    convolution_patches,
+    eigenbasis,
+    from_matrix,
+    leaf_names,
+    make_blocks,
+    second_moments,
+    to_matrix,
+)
+
+N = 6
+close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-9)
+jitted = jax.jit(
+    lambda fn, params, batch, key: fn(params, batch, key), static_argnums=0
+)
+
+
+def kron(factors: KroneckerFactors, group=0):
+    return jnp.kron(factors.inputs[group], factors.outputs[group])
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float64)
+
+
+def squared(outputs, targets):
+    """Half the squared distance, a mean over examples."""
+    return 0.5 * jnp.sum((outputs - targets) ** 2) / outputs.shape[0]
+
+
+def cross_entropy(logits, labels):
+    logp = jax.nn.log_softmax(logits)
+    return -jnp.mean(jnp.take_along_axis(logp, labels[..., None], axis=-1))
+
+
+class Silent:
+    """A tape that keeps nothing."""
+
+    def linear(self, name, x, y):
+        return y
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 4))
+def dense_block(model, loss, leaves, batch, kind):
+    """The block of a weight matrix (bias a last row) by per-example derivatives."""
+    matrix = jnp.concatenate([leaves[0], leaves[1][None]])
+
+    def one(x, y):
+        outputs = lambda matrix: model([matrix[:-1], matrix[-1]], x[None])[0]
+        jacobian, z = jax.jacobian(outputs)(matrix), outputs(matrix)
+        jacobian = jacobian.reshape(z.size, -1)
+        loss_of = lambda z: loss(z[None], y[None])
+        if kind == "ggn":
+            middle = jax.hessian(loss_of)(z).reshape(z.size, z.size)
+        else:
+            u = jax.grad(loss_of)(z).reshape(-1)
+            middle = jnp.outer(u, u)
+        return jacobian.T @ middle @ jacobian
+
+    return jnp.mean(jax.vmap(one)(*batch), axis=0)
+
+
+# --- a network of two layers -------------------------------------------------------
+
+
+def taped_mlp(params, x, tape, activation=jnp.tanh):
+    for i, layer in enumerate(params):
+        y = x @ layer["kernel"] + layer["bias"][None]
+        y = tape.linear(f"{i}", x, y)
+        x = activation(y) if i < len(params) - 1 else y
+    return x
+
+
+def mlp_blocks(params):
+    spec = {
+        f"{i}": {"kernel": f"{i}/kernel", "bias": f"{i}/bias"}
+        for i in range(len(params))
+    }
+    return make_blocks(params, spec)
+
+
+MLP = mlp(jax.random.key(0))
+MLP_FN = FactorsFn(
+    model_fn=taped_mlp,
+    loss_fn=cross_entropy,
+    blocks=mlp_blocks(MLP),
+    fisher="empirical",
+)
+
+
+def test_batch_of_one_is_the_fisher_block():
+    batch = mlp_batch(jax.random.key(1), 1)
+    found = jitted(MLP_FN, MLP, batch, jax.random.key(2))
+    gradient = jax.grad(mlp_loss)(MLP, batch)
+    for layer, factors in zip(gradient, found.kronecker, strict=True):
+        g = jnp.concatenate([layer["kernel"], layer["bias"][None]]).reshape(-1)
+        close(kron(factors), jnp.outer(g, g), rtol=1e-10)
+
+
+def test_factors_are_the_means_of_outer_products():
+    x, labels = batch = mlp_batch(jax.random.key(3), N)
+    found = jitted(MLP_FN, MLP, batch, jax.random.key(4))
+    hidden = jnp.tanh(x @ MLP[0]["kernel"])
+    p = jax.nn.softmax(hidden @ MLP[1]["kernel"])
+    last = p - jax.nn.one_hot(labels, 6, dtype=p.dtype)
+    first = (last @ MLP[1]["kernel"].T) * (1 - hidden**2)
+    for factors, a, g in zip(found.kronecker, (x, hidden), (first, last), strict=True):
+        a = jnp.concatenate([a, jnp.ones((N, 1))], axis=1)
+        close(factors.inputs[0], a.T @ a / N)
+        close(factors.outputs[0], g.T @ g / N)
+
+
+def test_linear_network_with_squared_error_is_the_gauss_newton_block():
+    fn = FactorsFn(
+        model_fn=functools.partial(taped_mlp, activation=lambda y: y),
+        loss_fn=squared,
+        blocks=mlp_blocks(MLP),
+        fisher="ggn",
+    )
+    batch = normal(5, N, 4), normal(6, N, 6)
+    found = jitted(fn, MLP, batch, jax.random.key(7)).kronecker
+    first, second = ([layer["kernel"], layer["bias"]] for layer in MLP)
+    after = lambda leaves, x: (
+        (x @ leaves[0] + leaves[1][None]) @ second[0] + second[1][None]
+    )
+    close(kron(found[0]), dense_block(after, squared, first, batch, "ggn"))
+    last = lambda leaves, x: (
+        (x @ first[0] + first[1][None]) @ leaves[0] + leaves[1][None]
+    )
+    close(kron(found[1]), dense_block(last, squared, second, batch, "ggn"))
+
+
+def single(params, x, tape):
+    """One layer, of which all places of an example's inputs make use."""
+    return tape.linear(
+        "dense", x, x @ params["w"] + params["b"][(None,) * (x.ndim - 1)]
+    )
+
+
+def pooled(params, x, tape):
+    return jnp.mean(single(params, x, tape), axis=1)
+
+
+PLACES = {"w": normal(8, 3, 4), "b": normal(9, 4)}
+PLACES_FN = FactorsFn(
+    model_fn=single,
+    loss_fn=squared,
+    blocks=make_blocks(PLACES, {"dense": {"kernel": "w", "bias": "b"}}),
+    fisher="ggn",
+)
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_sharing_is_exact_in_its_own_setting(sharing):
+    """Eschenhagen et al.: a loss per place for expand, of the mean place for reduce."""
+    model = single if sharing == "expand" else pooled
+    x = normal(10, N, 5, 3)
+    batch = x, jnp.zeros((N, 5, 4) if sharing == "expand" else (N, 4))
+    fn = FactorsFn(
+        model_fn=model,
+        loss_fn=squared,
+        blocks=PLACES_FN.blocks,
+        fisher="ggn",
+        sharing=sharing,
+    )
+    (found,) = jitted(fn, PLACES, batch, jax.random.key(11)).kronecker
+
+    plain = lambda leaves, x: model({"w": leaves[0], "b": leaves[1]}, x, Silent())
+    leaves = [PLACES["w"], PLACES["b"]]
+    close(kron(found), dense_block(plain, squared, leaves, batch, "ggn"))
+
+
+def test_a_second_call_is_a_second_place():
+    def twice(params, x, tape):
+        first = single(params, x[:, 0], tape)
+        return jnp.stack([first, single(params, x[:, 1], tape)], axis=1)
+
+    fn = FactorsFn(
+        model_fn=twice, loss_fn=squared, blocks=PLACES_FN.blocks, fisher="ggn"
+    )
+    batch = normal(12, N, 2, 3), normal(13, N, 2, 4)
+    found = jitted(fn, PLACES, batch, jax.random.key(14)).kronecker[0]
+    expected = jitted(PLACES_FN, PLACES, batch, jax.random.key(15)).kronecker[0]
+    jax.tree.map(close, found, expected)
+
+
+def test_sampled_labels_give_the_gauss_newton_factor_on_average():
+    """And `terms` gives the scale back that a mean over tokens takes away."""
+    make = functools.partial(
+        FactorsFn, model_fn=single, loss_fn=cross_entropy, blocks=PLACES_FN.blocks
+    )
+    batch = normal(16, N, 2, 3), jnp.zeros((N, 2), jnp.int32)
+    exact = jitted(make(fisher="ggn"), PLACES, batch, jax.random.key(17)).kronecker[0]
+    keys = jax.random.split(jax.random.key(18), 2000)
+    draw = lambda key: make(terms=2)(PLACES, batch, key).kronecker[0].outputs
+    sampled = jax.jit(jax.vmap(draw))(keys)
+    stderr = jnp.std(sampled, axis=0) / len(keys) ** 0.5
+    score = (jnp.mean(sampled, axis=0) - exact.outputs) / stderr
+    # Ten distinct entries: beyond 4 in one of a thousand seeds, and the seed is fixed.
+    assert jnp.max(jnp.abs(score)) < 4
+    assert jnp.max(jnp.abs(exact.outputs) / stderr) > 50
+
+
+# --- convolutions ------------------------------------------------------------------
+
+CONVOLUTIONS = {
+    "same, stride": {"strides": (2, 3)},
+    "valid, kernel dilation": {"padding": "VALID", "kernel_dilation": (2, 1)},
+    "uneven padding": {"padding": ((1, 2), (0, 3)), "strides": (2, 1)},
+    "input dilation": {"input_dilation": (2, 3), "padding": ((1, 1), (2, 0))},
+    "groups": {"groups": 2, "strides": (1, 2)},
+    "depthwise": {"groups": 4},
+}
+
+
+def convolve(x, kernel, strides, padding, input_dilation, kernel_dilation, groups):
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        padding,
+        lhs_dilation=input_dilation,
+        rhs_dilation=kernel_dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution_factors_equal_a_dense_construction(name):
+    defaults = {
+        "strides": (1, 1),
+        "padding": "SAME",
+        "input_dilation": (1, 1),
+        "kernel_dilation": (1, 1),
+        "groups": 1,
+    }
+    options = defaults | CONVOLUTIONS[name]
+    groups = options["groups"]
+    kernel = normal(20, 3, 2, 4 // groups, 8)
+    params = {"kernel": kernel, "bias": normal(21, 8)}
+    x = normal(22, 3, 5, 6, 4)
+
+    def model(params, x, tape):
+        y = convolve(x, params["kernel"], **options) + params["bias"][None, None, None]
+        return tape.convolution("conv", x, y, (3, 2), **options)
+
+    fn = FactorsFn(
+        model_fn=model,
+        loss_fn=lambda y, targets: jnp.mean(jnp.cos(y)),
+        blocks=make_blocks(
+            params, {"conv": {"kernel": "kernel", "bias": "bias", "groups": groups}}
+        ),
+        fisher="empirical",
+    )
+    (found,) = jitted(fn, params, (x, x), jax.random.key(23)).kronecker
+
+    y = convolve(x, kernel, **options) + params["bias"][None, None, None]
+    g = -jnp.sin(y) * 3 / y.size
+    # Entry by entry: the patch is the derivative of one output in the kernel.
+    expected_a = np.zeros(found.inputs.shape)
+    expected_g = np.zeros(found.outputs.shape)
+    outputs_per_group = 8 // groups
+    derivative = jax.jit(jax.jacobian(lambda w: convolve(x, w, **options)))(kernel)
+    derivative = derivative.reshape(-1, 8, *kernel.shape)
+    for group in range(groups):
+        o = group * outputs_per_group
+        a = derivative[:, o, ..., o].reshape(derivative.shape[0], -1)
+        a = jnp.concatenate([a, jnp.ones((a.shape[0], 1))], axis=1)
+        expected_a[group] = a.T @ a / a.shape[0]
+        part = g.reshape(-1, 8)[:, o : o + outputs_per_group]
+        expected_g[group] = part.T @ part / 3
+    close(found.inputs, expected_a)
+    close(found.outputs, expected_g)
+
+    # Patch times weight matrix is the convolution, so both agree on the order.
+    (block,) = fn.blocks
+    matrix = to_matrix(block, [kernel, params["bias"]])
+    window_options = {k: v for k, v in options.items() if k not in ("padding",)}
+    patches = convolution_patches(
+        x, (3, 2), padding=options["padding"], **window_options
+    )
+    product = jnp.einsum("ntka,kao->ntko", patches, matrix[:, :-1])
+    close(product.reshape(y.shape) + params["bias"][None, None, None], y)
+    for leaf, back in zip(
+        (kernel, params["bias"]), from_matrix(block, matrix), strict=True
+    ):
+        np.testing.assert_array_equal(leaf, back)
+
+
+# --- diagonal blocks, EKFAC --------------------------------------------------------
+
+
+def scaled(params, x, tape):
+    """A norm scale and an embedding around a layer."""
+    x = params["table"][x] * params["scale"][None]
+    return tape.linear("dense", x, x @ params["w"])
+
+
+SCALED = {"scale": normal(24, 3), "table": normal(25, 5, 3), "w": normal(26, 3, 4)}
+SCALED_BLOCKS = make_blocks(SCALED, {"dense": {"kernel": "w"}})
+SCALED_BATCH = jnp.arange(N) % 5, jnp.arange(N) % 4
+
+
+@pytest.mark.parametrize("diagonal", ["examples", "signs"])
+def test_diagonal_blocks_are_mean_squared_gradients(diagonal):
+
+    def one(params, x, y):
+        return cross_entropy(scaled(params, x[None], Silent()), y[None])
+
+    each = jax.jit(jax.vmap(jax.grad(one), in_axes=(None, 0, 0)))(SCALED, *SCALED_BATCH)
+    fn = FactorsFn(
+        model_fn=scaled,
+        loss_fn=cross_entropy,
+        blocks=SCALED_BLOCKS,
+        fisher="empirical",
+        diagonal=diagonal,
+    )
+    expected = [jnp.mean(each[name] ** 2, axis=0) for name in ("scale", "table")]
+    if diagonal == "examples":
+        found = jitted(fn, SCALED, SCALED_BATCH, jax.random.key(27)).diagonal
+        jax.tree.map(close, list(found), expected)
+        return
+    keys = jax.random.split(jax.random.key(28), 4000)
+    draw = lambda key: fn(SCALED, SCALED_BATCH, key).diagonal
+    draws = jax.jit(jax.vmap(draw))(keys)
+    for sample, mean in zip(draws, expected, strict=True):
+        stderr = jnp.std(sample, axis=0) / len(keys) ** 0.5
+        error = jnp.abs(jnp.mean(sample, axis=0) - mean)
+        assert jnp.all(error < 4 * stderr + 1e-9)
+        assert jnp.max(mean / (stderr + 1e-12)) > 30
+
+
+def test_exact_gauss_newton_diagonal():
+    fn = FactorsFn(
+        model_fn=scaled, loss_fn=cross_entropy, blocks=SCALED_BLOCKS, fisher="ggn"
+    )
+    found = jitted(fn, SCALED, SCALED_BATCH, jax.random.key(29)).diagonal[0]
+
+    def logits(scale):
+        return scaled(SCALED | {"scale": scale}, SCALED_BATCH[0], Silent())
+
+    jacobian = jax.jacobian(logits)(SCALED["scale"])  # (N, 4, 3)
+    p = jax.nn.softmax(logits(SCALED["scale"]))
+    middle = jax.vmap(jnp.diag)(p) - p[:, :, None] * p[:, None, :]
+    close(found, jnp.einsum("nop,nos,nps->s", middle, jacobian, jacobian) / N)
+
+
+@pytest.mark.parametrize("places", [1, 5])
+def test_second_moments_are_the_diagonal_in_the_eigenbasis(places):
+    batch = normal(30, N, places, 3), normal(31, N, places, 4)
+    fn = FactorsFn(
+        model_fn=single, loss_fn=squared, blocks=PLACES_FN.blocks, fisher="empirical"
+    )
+    found = jitted(fn, PLACES, batch, jax.random.key(32))
+    basis = eigenbasis(found.kronecker[0])
+    q = jnp.kron(basis.inputs[0], basis.outputs[0])
+
+    plain = lambda leaves, x: single({"w": leaves[0], "b": leaves[1]}, x, Silent())
+    fisher = dense_block(plain, squared, [PLACES["w"], PLACES["b"]], batch, "empirical")
+    expected = jnp.diag(q.T @ fisher @ q).reshape(1, 4, 4)
+    close(second_moments(found.records[0], basis), expected)
+
+
+def test_bfloat16_is_accumulated_in_float32():
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), MLP)
+    x, labels = mlp_batch(jax.random.key(33), N)
+    found = jitted(MLP_FN, half, (x.astype(jnp.bfloat16), labels), jax.random.key(34))
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
+    exact = jitted(MLP_FN, MLP, (x, labels), jax.random.key(35))
+    for a, b in zip(found.kronecker, exact.kronecker, strict=True):
+        np.testing.assert_allclose(kron(a), kron(b), rtol=0.1, atol=0.02)
+
+
+# --- what is refused ---------------------------------------------------------------
+
+
+def test_a_layer_called_with_different_shapes_is_refused():
+    def model(params, x, tape):
+        longer = jnp.stack([x, x], axis=1)
+        return single(params, x, tape) + jnp.sum(single(params, longer, tape), axis=1)
+
+    fn = FactorsFn(model_fn=model, loss_fn=squared, blocks=PLACES_FN.blocks)
+    batch = normal(36, N, 3), normal(37, N, 4)
+    with pytest.raises(ValueError, match=r"'dense' is called twice .*\(6, 4\).*\(6, 2"):
+        fn(PLACES, batch, jax.random.key(38))
+
+
+def test_a_layer_that_is_not_called_is_refused():
+    fn = FactorsFn(
+        model_fn=lambda p, x, tape: x @ p["w"],
+        loss_fn=squared,
+        blocks=PLACES_FN.blocks,
+        fisher="ggn",
+    )
+    with pytest.raises(ValueError, match=r"'dense' was not called by the model"):
+        fn(PLACES, (normal(39, N, 3), normal(40, N, 4)), jax.random.key(41))
+
+
+def test_rows_that_are_not_examples_are_refused():
+    def model(params, x, tape):
+        constant = single(params, jnp.ones((4, 3)), tape)
+        return x + jnp.sum(constant, axis=0)[None]
+
+    fn = FactorsFn(
+        model_fn=model, loss_fn=squared, blocks=PLACES_FN.blocks, fisher="ggn"
+    )
+    with pytest.raises(ValueError, match=r"sees 4 rows, which 6 examples do not"):
+        fn(PLACES, (normal(42, N, 4), normal(43, N, 4)), jax.random.key(44))
+
+
+@pytest.mark.parametrize("transform", ["scan", "vmap", "checkpoint"])
+def test_a_layer_inside_a_transformation_is_refused(transform):
+    def model(params, x, tape):
+        layer = lambda row: single(params, row, tape)
+        if transform == "scan":
+            step = lambda carry, row: (carry, layer(row))
+            return jax.lax.scan(step, 0, jnp.moveaxis(x, 1, 0))[1][0]
+        return (jax.vmap if transform == "vmap" else jax.checkpoint)(layer)(x)
+
+    fn = FactorsFn(
+        model_fn=model, loss_fn=squared, blocks=PLACES_FN.blocks, fisher="ggn"
+    )
+    batch = normal(45, N, 2, 3), normal(46, N, 4)
+    with pytest.raises(ValueError, match=r"inside a transformed part"):
+        fn(PLACES, batch, jax.random.key(47))
+    with pytest.raises(ValueError, match=r"inside a transformed part"):
+        jitted(fn, PLACES, batch, jax.random.key(60))
+
+
+def test_sampled_targets_unlike_the_batch_are_refused():
+    fn = FactorsFn(model_fn=single, loss_fn=squared, blocks=PLACES_FN.blocks)
+    with pytest.raises(ValueError, match=r"shapes \[\(6,\)\] and those .*sample_fn"):
+        fn(PLACES, (normal(48, N, 3), normal(49, N, 4)), jax.random.key(50))
+
+
+def test_exact_curvature_of_several_outputs_is_refused():
+    fn = FactorsFn(
+        model_fn=lambda p, x, tape: {"z": single(p, x, tape)},
+        loss_fn=lambda z, y: squared(z["z"], y),
+        blocks=PLACES_FN.blocks,
+        fisher="ggn",
+    )
+    with pytest.raises(ValueError, match=r"one array of outputs, and got a dict"):
+        fn(PLACES, (normal(51, N, 3), normal(52, N, 4)), jax.random.key(53))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fisher": "true"}, r"fisher is 'true': choose from sampled, empirical, ggn"),
+        ({"sharing": "mean"}, r"sharing is 'mean': choose from expand, reduce"),
+        ({"diagonal": "full"}, r"diagonal is 'full': choose from examples, signs"),
+        ({"terms": 0}, r"terms is 0, and must be at least 1"),
+    ],
+    ids=["fisher", "sharing", "diagonal", "terms"],
+)
+def test_unknown_choices_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        FactorsFn(model_fn=single, loss_fn=squared, blocks=PLACES_FN.blocks, **change)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"l": {"kernel": "v"}}, r"names 'v', and no leaf .*choose from b, w"),
+        (
+            {"l": {"kernel": "w"}, "m": {"kernel": "w"}},
+            r"'w' belongs to layers 'l' and 'm'",
+        ),
+        ({"l": {"kernel": "b"}}, r"'l' has shapes \[\(4,\)\] for 4 outputs in 1"),
+        ({"l": {"kernel": "w", "groups": 3}}, r"for 4 outputs in 3 groups"),
+    ],
+    ids=["no leaf", "twice", "vector", "groups"],
+)
+def test_impossible_blocks_are_refused(layers, message):
+    with pytest.raises(ValueError, match=message):
+        make_blocks(PLACES, layers)
+
+
+def test_table_names_every_leaf():
+    assert leaf_names(SCALED) == ["scale", "table", "w"]
+    lines = block_table(SCALED_BLOCKS).splitlines()
+    assert [line.split()[0] for line in lines] == ["layer", "scale", "table", "dense"]
+    assert lines[-1].endswith("Kronecker 3 x 4")
+    grouped = make_blocks(
+        {"k": jnp.zeros((3, 3, 1, 8))}, {"c": {"kernel": "k", "groups": 4}}
+    )
+    assert "Kronecker 9 x 2, 4 groups" in block_table(grouped)
