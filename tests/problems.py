@@ -1,5 +1,7 @@
 """Small problems with known answers, shared by the tests."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -47,6 +49,7 @@ def mlp_batch(key, count=32, sizes=(4, 8, 6), dtype=jnp.float64):
     return inputs, jax.random.randint(second, (count,), 0, sizes[-1])
 
 
+@functools.partial(jax.jit, static_argnames="loss_fn")
 def dense_hessian(loss_fn, params, batch):
     """The Hessian as a (P, P) matrix, by JAX's own jax.hessian."""
     flat, unravel = jax.flatten_util.ravel_pytree(params)

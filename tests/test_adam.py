@@ -114,6 +114,7 @@ def test_large_damping_is_momentum_sgd():
     np.testing.assert_allclose(0.5 * directions["shrinkage"], momentum, rtol=1e-5)
 
 
+SLOW = pytest.mark.slow
 FACTORIES = {
     "adam": lambda f, **k: f(optax.adam)(1e-2, **k),
     "adamw": lambda f, **k: f(optax.adamw)(1e-2, **k),
@@ -126,7 +127,13 @@ FACTORIES = {
 }
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n in ("adam", "rmsprop, momentum") else pytest.param(n, marks=SLOW)
+        for n in FACTORIES
+    ],
+)
 def test_with_damping_equals_the_factory_at_fixed_eps(name):
     build = FACTORIES[name]
     plain = run(build(lambda f: f, eps=1e-2), steps=50)

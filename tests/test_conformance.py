@@ -137,7 +137,19 @@ TABLE = {
     "shampoo": (shampoo, {"learning_rate": 1e-3}),
     "auto_damping(spectral)": (auto_spectral, {"learning_rate": 1e-3}),
 }
-every_row = pytest.mark.parametrize("name", TABLE)
+# Variants of other rows: run with the slow tests.
+VARIANTS = {
+    "adam_shrinkage, damped",
+    "with_damping(rmsprop)",
+    "auto_damping(amsgrad)",
+    "auto_damping, by hand",
+    "auto_adam, shrinkage",
+    "auto_damping(spectral)",
+}
+every_row = pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in VARIANTS else n for n in TABLE],
+)
 
 
 def build(name, objective, **change):

@@ -169,6 +169,7 @@ def test_layers_are_chosen_by_name_pattern_or_function(case):
         CASES[case](layers=lambda name: False)
 
 
+@pytest.mark.slow
 def test_attention_is_a_layer_with_places():
     attention = functools.partial(
         nnx.MultiHeadAttention, 2, 4, decode=False, rngs=nnx.Rngs(0), **double
@@ -219,6 +220,7 @@ def test_what_cannot_be_tapped_stays_diagonal():
     assert len(fn.blocks) >= 5
 
 
+@pytest.mark.slow
 def test_a_layer_under_checkpoint_is_refused_with_a_way_out():
     class Model(nn.Module):
         @nn.compact
@@ -296,6 +298,7 @@ def test_nnx_trains_with_a_learned_damping_and_refreshes_by_hand():
     assert value("refresh_attempts") == 2
 
 
+@pytest.mark.slow
 def test_linen_trains_through_train_state_and_restores_to_the_bit():
     model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(3)])
     params = model.init(jax.random.key(16), FLAT[0])["params"]

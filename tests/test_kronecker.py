@@ -216,6 +216,7 @@ def test_sampled_labels_give_the_gauss_newton_factor_on_average():
 
 # --- convolutions ------------------------------------------------------------------
 
+SLOW = pytest.mark.slow
 CONVOLUTIONS = {
     "same, stride": {"strides": (2, 3)},
     "valid, kernel dilation": {"padding": "VALID", "kernel_dilation": (2, 1)},
@@ -239,7 +240,13 @@ def convolve(x, kernel, strides, padding, input_dilation, kernel_dilation, group
     )
 
 
-@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n in ("groups", "uneven padding") else pytest.param(n, marks=SLOW)
+        for n in CONVOLUTIONS
+    ],
+)
 def test_convolution_factors_equal_a_dense_construction(name):
     defaults = {
         "strides": (1, 1),

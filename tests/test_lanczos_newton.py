@@ -156,6 +156,7 @@ def test_gauss_newton_in_place_of_the_hessian():
     np.testing.assert_allclose(flat(by_ggn), expected, rtol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [True, False], ids=["given", "measured"])
 def test_cleaning_brings_ritz_values_nearer_to_the_true_curvature(given):
     """Four spikes in noise of 64 examples. The oracle is phi^T H_true phi, which theory

@@ -113,8 +113,7 @@ def test_batch_size_rescales_the_variance_alone():
     chex.assert_trees_all_close(at(128)[:2], at(32)[:2])
 
 
-@pytest.mark.parametrize("execution", ["unroll", "vmap"])
-@pytest.mark.parametrize("num_probes", [1, 3])
+@pytest.mark.parametrize(("execution", "num_probes"), [("unroll", 3), ("vmap", 1)])
 def test_executions_agree(execution, num_probes):
     params, batch = mlp(jax.random.key(0)), mlp_batch(jax.random.key(1))
     at = lambda how: moments(

@@ -53,16 +53,16 @@ def frobenius_norm(
     if num_probes < 1:
         raise ValueError(f"num_probes is {num_probes}, and at least 1 is needed")
 
-    def squared_length(probe_key):
+    def squared_length(i):
+        probe_key = jax.random.fold_in(key, i)
         probe = random_like(probe_key, widened(like), jax.random.rademacher)
         found = product(matvec, like, probe)
         return vdot(found, found)
 
-    keys = jax.random.split(key, num_probes)
-    if is_traced(matvec, like, keys):
-        squares = jax.lax.map(squared_length, keys)
+    if is_traced(matvec, like, key):
+        squares = jax.lax.map(squared_length, jnp.arange(num_probes))
     else:
-        squares = jnp.stack([squared_length(k) for k in keys])
+        squares = jnp.stack([squared_length(i) for i in range(num_probes)])
     value = jnp.sqrt(jnp.mean(squares))
     if num_probes == 1:
         return Estimate(value, jnp.full_like(value, jnp.nan))
