@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
         "sgd_learning_rate": (positive, "of SGD with momentum 0.9, annealed likewise"),
         "damping": (
             number(float, 0),
-            "flat damping of adam-shrinkage, in the unit of a gradient",
+            "flat damping of adam-shrinkage, in the unit of a gradient, and of kfac",
         ),
         "floor": (
             number(float, 0),

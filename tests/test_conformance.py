@@ -145,6 +145,10 @@ VARIANTS = {
     "auto_damping, by hand",
     "auto_adam, shrinkage",
     "auto_damping(spectral)",
+    "adamw_shrinkage",
+    "with_damping(amsgrad)",
+    "spectral",
+    "auto_adam",
 }
 every_row = pytest.mark.parametrize(
     "name",

@@ -18,7 +18,7 @@ from rmtdamp.hessian._kronecker import block_table
 from rmtdamp.transforms._kfac import scale_by_kfac
 from rmtdamp.transforms._kfac_optimizer import kfac
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.usefixtures("standard_promotion"), pytest.mark.slow]
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-9)
 
 

@@ -21,6 +21,8 @@ from rmtdamp.hessian._kronecker import (
     to_matrix,
 )
 
+pytestmark = pytest.mark.slow
+
 N = 6
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-9)
 jitted = jax.jit(

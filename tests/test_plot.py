@@ -15,6 +15,8 @@ from rmtdamp.hessian import EigenPairs, Spectrum
 from rmtdamp.outliers import Outliers, spiked_law
 from rmtdamp.plot._axis import Smoothed
 
+pytestmark = pytest.mark.slow
+
 P = 1000
 VARIANCE = 0.25
 

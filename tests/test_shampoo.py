@@ -13,7 +13,7 @@ from problems import mlp, mlp_batch, mlp_loss
 from rmtdamp.transforms import DampingLearner, auto_damping, set_damping
 from rmtdamp.transforms._shampoo import scale_by_shampoo, shampoo
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.usefixtures("standard_promotion"), pytest.mark.slow]
 
 
 def normal(seed, *shape):

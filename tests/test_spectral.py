@@ -13,7 +13,7 @@ from problems import mlp, mlp_batch, mlp_loss
 from rmtdamp.transforms import DampingLearner, auto_damping, set_damping
 from rmtdamp.transforms._spectral import dimension_numbers, scale_by_spectral, spectral
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.usefixtures("standard_promotion"), pytest.mark.slow]
 METHODS = ["svd", "newton_schulz"]
 REACH = 1.5**-24  # r at 30 steps
 CONV = MuonDimensionNumbers((0, 1, 2), 3)

@@ -244,6 +244,7 @@ def test_coverage_of_the_interval(
     assert lowest <= covered <= highest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize(("estimator", "method"), PAIRS)
 def test_products_are_counted(estimator, method, traced):
@@ -298,6 +299,7 @@ def test_network_eager_traced_and_dense(method):
     assert abs(found.value - jnp.trace(hessian)) < 5 * found.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", DIAGONAL)
 def test_network_diagonal_eager_traced_and_dense(method):
     params, matvec, hessian = tree_problem()

@@ -21,6 +21,7 @@ DEFAULT_METHODS = ("sgd", "adam", "adam-shrinkage", "auto-adam")
 METHODS = (
     *DEFAULT_METHODS,
     "auto-lanczos",
+    "kfac",
     "auto-kfac",
     "auto-spectral",
     "auto-shampoo",
@@ -137,6 +138,10 @@ def _optimiser(method, settings, sizes, total_steps):
             floor=settings.floor,
             rule=RULES[settings.rule],
             form=settings.form,
+        )
+    if method == "kfac":
+        return rmtdamp.set_damping(
+            rmtdamp.kfac(rate, _factors(sizes)), settings.damping
         )
     inner = {
         "auto-lanczos": lambda: rmtdamp.lanczos_newton(
