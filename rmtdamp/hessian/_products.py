@@ -71,11 +71,10 @@ def check_differentiable(
     """
     gradient = jax.grad(loss_fn)
     try:
-        jaxpr = jax.make_jaxpr(gradient)(params, batch, *loss_args)
         if mode == _REVERSE:
             back = lambda p, *rest: jax.vjp(lambda q: gradient(q, *rest), p)[1](p)
             jax.eval_shape(back, params, batch, *loss_args)
-        elif "custom_vjp" in str(jaxpr):
+        elif "custom_vjp" in str(jax.make_jaxpr(gradient)(params, batch, *loss_args)):
             # What the missing rule belongs to may not depend on params; only lowering
             # tells.
             forward = lambda p, *rest: jax.jvp(lambda q: gradient(q, *rest), (p,), (p,))

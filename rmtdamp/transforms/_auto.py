@@ -9,6 +9,7 @@ import optax
 from rmtdamp._tree import check_params, num_examples
 from rmtdamp._types import Batch, LossFn, Params
 
+from ._by_hand import check_every, only_state, replaced
 from ._learner import DampingLearner
 from ._owner import (
     AutoDampingState,
@@ -16,8 +17,6 @@ from ._owner import (
     check_no_outer_owner,
     check_uses_damping,
     check_whole,
-    is_owner,
-    owners,
 )
 
 
@@ -110,10 +109,7 @@ def auto_damping(
     """
     if not isinstance(learner, DampingLearner):
         learner = DampingLearner(learner)
-    if isinstance(every, int | float) and (every < 1 or every != int(every)):
-        raise ValueError(
-            f"every is {every}: take a whole number of at least 1, or None for never"
-        )
+    check_every("every", every, or_never=True)
     inner = optax.with_extra_args_support(inner)
     checked = False
 
@@ -229,20 +225,17 @@ def refresh_damping(
     """
     if not isinstance(learner, DampingLearner):
         learner = DampingLearner(learner)
-    found = [x for x in owners(opt_state) if isinstance(x, AutoDampingState)]
-    if len(found) != 1:
-        raise ValueError(
-            f"opt_state holds {len(found)} auto_damping states, and refresh_damping "
-            "needs exactly one: wrap one transformation of the chain in auto_damping"
-        )
-    (state,) = found
+    state = only_state(
+        opt_state,
+        AutoDampingState,
+        "auto_damping",
+        "refresh_damping needs exactly one: wrap one transformation of the chain in "
+        "auto_damping",
+    )
     size = num_examples(batch)
     data = batch if curvature_batch is None else curvature_batch
     num_examples(data, "curvature_batch")
     learned = _refresh(
         learner, state.learned, state.count, params, data, loss_args, size
     )
-    refreshed = state._replace(learned=learned)
-    return jax.tree.map(
-        lambda x: refreshed if x is state else x, opt_state, is_leaf=is_owner
-    )
+    return replaced(opt_state, state, state._replace(learned=learned))

@@ -5,7 +5,6 @@ FactorsFn`, and `rmtdamp.flax` which makes one from a Flax model).
 """
 
 import functools
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,13 @@ import optax
 from rmtdamp._tree import accumulation_dtype, vdot
 from rmtdamp._types import Batch, Params
 from rmtdamp.hessian._factors import Curvature
-from rmtdamp.hessian._moments import has_convolution
 
+from ._by_hand import (
+    check_every,
+    only_state,
+    replaced,
+    warn_of_slow_convolutions,
+)
 from ._kfac_state import KFACState, Tikhonov, initial_state, measure, precondition
 from ._owner import check_whole
 
@@ -237,17 +241,15 @@ def refresh_factors(
         >>> int(optax.tree.get(state, "kfac_measurements"))
         1
     """
-    is_kfac = lambda node: isinstance(node, KFACState)
-    leaves = jax.tree.leaves(opt_state, is_leaf=is_kfac)
-    found = [leaf for leaf in leaves if is_kfac(leaf)]
-    if len(found) != 1:
-        raise ValueError(
-            f"opt_state holds {len(found)} KFAC states, and refresh_factors needs "
-            "exactly one: put one scale_by_kfac or kfac into the chain"
-        )
-    (state,) = found
+    state = only_state(
+        opt_state,
+        KFACState,
+        "KFAC",
+        "refresh_factors needs exactly one: put one scale_by_kfac or kfac into the "
+        "chain",
+    )
     new = _measure(factors_fn, state, params, batch, loss_args, factor_decay, eigen)
-    return jax.tree.map(lambda x: new if x is state else x, opt_state, is_leaf=is_kfac)
+    return replaced(opt_state, state, new)
 
 
 def _due(count, every):
@@ -262,12 +264,8 @@ def _check_arguments(damping, decay, factor_every, eigen_every, tikhonov, ekfac)
         raise ValueError(f"damping is {damping}, and must be at least 0")
     if isinstance(decay, number) and not 0 <= decay < 1:
         raise ValueError(f"factor_decay is {decay}, and must be in [0, 1)")
-    for name, every in (("factor_every", factor_every), ("eigen_every", eigen_every)):
-        if isinstance(every, number) and (every < 1 or every != int(every)):
-            raise ValueError(
-                f"{name} is {every}: take a whole number of at least 1"
-                + (", or None for never" if name == "factor_every" else "")
-            )
+    check_every("factor_every", factor_every, or_never=True)
+    check_every("eigen_every", eigen_every, or_never=False)
     both = isinstance(factor_every, int) and isinstance(eigen_every, int)
     if both and eigen_every % factor_every:
         raise ValueError(
@@ -314,14 +312,13 @@ def _check_leaves(blocks, leaves, name) -> None:
 
 
 def _warn_of_slow_convolutions(factors_fn, params, batch, loss_args) -> None:
-    if jax.default_backend() != "cpu":
-        return
-    measure_fn = lambda p, b, *args: factors_fn(p, b, jax.random.key(0), *args)
-    if has_convolution(measure_fn, params, batch, loss_args):
-        warnings.warn(
-            "the model contains convolutions, which XLA on a CPU runs some thirty "
-            "times slower inside the conditional of a training step: pass "
-            "factor_every=None and call refresh_factors by hand every 10 steps (on a "
-            "GPU or TPU this does not matter)",
-            stacklevel=3,
-        )
+    warn_of_slow_convolutions(
+        lambda p, b, *args: factors_fn(p, b, jax.random.key(0), *args),
+        params,
+        batch,
+        loss_args,
+        subject="model",
+        place="the conditional of a training step",
+        way_out="factor_every=None and call refresh_factors by hand every 10 steps",
+        stacklevel=3,
+    )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -12,8 +11,9 @@ import jax.numpy as jnp
 from rmtdamp._tree import accumulation_dtype, norm, num_examples, random_like, size
 from rmtdamp._types import Key, LossFn, Matvec, Params
 from rmtdamp.hessian import lanczos, moments
-from rmtdamp.hessian._moments import has_convolution
 from rmtdamp.rmt import rotationally_invariant_shrinkage
+
+from ._by_hand import warn_of_slow_convolutions
 
 Start = Literal["random", "gradient"] | Callable[[Key, Params], Params]
 Cleaning = Literal["rotationally_invariant"]
@@ -105,17 +105,16 @@ class Krylov:
         return _accepted(old, found, noise)
 
     def warn_of_slow_convolutions(self, params, batch, loss_args) -> None:
-        product = lambda p, b, *args: self._matvec(p, b, args)(p)
-        if jax.default_backend() == "cpu" and has_convolution(
-            product, params, batch, loss_args
-        ):
-            warnings.warn(
-                "the loss contains convolutions, which XLA on a CPU runs some thirty "
-                "times slower inside Lanczos' loop in a training step: pass every=None "
-                "to scale_by_lanczos and call refresh_lanczos by hand (on a GPU or TPU "
-                "this does not matter)",
-                stacklevel=2,
-            )
+        warn_of_slow_convolutions(
+            lambda p, b, *args: self._matvec(p, b, args)(p),
+            params,
+            batch,
+            loss_args,
+            subject="loss",
+            place="Lanczos' loop in a training step",
+            way_out="every=None to scale_by_lanczos and call refresh_lanczos by hand",
+            stacklevel=2,
+        )
 
 
 jax.tree_util.register_dataclass(

@@ -19,6 +19,7 @@ from rmtdamp._types import LossFn, Matvec
 from rmtdamp.hessian import hessian_matvec
 from rmtdamp.hessian._lanczos import BREAKDOWN, combine, project
 
+from ._by_hand import check_every
 from ._krylov import Cleaning, Krylov, RitzSubspace, Start, refresh_if
 from ._owner import check_whole
 
@@ -195,10 +196,7 @@ def scale_by_lanczos(
             f"num_steps is {num_steps}: take a whole number of at least 1 (and name it "
             "in static_args of optax.inject_hyperparams: shapes depend on it)"
         )
-    if isinstance(every, int | float) and (every < 1 or every != int(every)):
-        raise ValueError(
-            f"every is {every}: take a whole number of at least 1, or None for never"
-        )
+    check_every("every", every, or_never=True)
     if not callable(start) and start not in ("random", "gradient"):
         raise ValueError(
             f"start is {start!r}: choose 'random', 'gradient' or a function of a key "

@@ -8,6 +8,7 @@ import optax
 from rmtdamp._types import Batch, LossFn, Matvec, Params
 from rmtdamp.hessian import hessian_matvec
 
+from ._by_hand import only_state, replaced
 from ._krylov import Cleaning, Start
 from ._lanczos import (
     LanczosTransformation,
@@ -72,20 +73,15 @@ def refresh_lanczos(
         raise ValueError(
             "this start of Lanczos' iteration is made from the gradient: pass grads"
         )
-    is_state = lambda x: isinstance(x, ScaleByLanczosState)
-    found = list(filter(is_state, jax.tree.leaves(opt_state, is_leaf=is_state)))
-    if len(found) != 1:
-        raise ValueError(
-            f"opt_state holds {len(found)} scale_by_lanczos states, and "
-            "refresh_lanczos needs exactly one"
-        )
-    (state,) = found
+    state = only_state(
+        opt_state,
+        ScaleByLanczosState,
+        "scale_by_lanczos",
+        "refresh_lanczos needs exactly one",
+    )
     data = checked_data(params, batch, None)
     subspace = krylov.refresh(state.subspace, params, data, loss_args, grads)
-    refreshed = state._replace(subspace=subspace)
-    return jax.tree.map(
-        lambda x: refreshed if x is state else x, opt_state, is_leaf=is_state
-    )
+    return replaced(opt_state, state, state._replace(subspace=subspace))
 
 
 def lanczos_newton(

@@ -1,7 +1,6 @@
 """A DampingLearner: how to measure, and how to decide. Both steps, no optax state."""
 
 import dataclasses
-import warnings
 
 import jax
 import numpy as np
@@ -16,7 +15,8 @@ from rmtdamp.damping import (
     learn_damping,
 )
 from rmtdamp.hessian import moments
-from rmtdamp.hessian._moments import has_convolution
+
+from ._by_hand import warn_of_slow_convolutions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,16 +139,17 @@ class DampingLearner:
 
     def warn_of_slow_convolutions(self, params, batch, loss_args) -> None:
         """Warn where XLA:CPU would run this refresh some thirty times slower."""
-        if jax.default_backend() == "cpu" and has_convolution(
-            self.loss_fn, params, batch, loss_args
-        ):
-            warnings.warn(
-                "the loss contains convolutions, which XLA on a CPU runs some thirty "
-                "times slower inside the conditional of a training step: pass "
-                "every=None to auto_damping and call refresh_damping by hand every "
-                "100 steps (on a GPU or TPU this does not matter)",
-                stacklevel=2,
-            )
+        warn_of_slow_convolutions(
+            self.loss_fn,
+            params,
+            batch,
+            loss_args,
+            subject="loss",
+            place="the conditional of a training step",
+            way_out="every=None to auto_damping and call refresh_damping by hand every "
+            "100 steps",
+            stacklevel=2,
+        )
 
 
 def _check_range(name, value, inside, bound):

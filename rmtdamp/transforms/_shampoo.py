@@ -15,6 +15,7 @@ import optax
 from rmtdamp._tree import accumulation_dtype
 from rmtdamp.hessian._products import matmul_precision
 
+from ._by_hand import check_every
 from ._spectral import (
     check_damping,
     damping_in_force,
@@ -166,8 +167,7 @@ def scale_by_shampoo(
         )
     if isinstance(decay, int | float) and not 0 <= decay < 1:
         raise ValueError(f"decay is {decay}, and must be in [0, 1)")
-    if isinstance(every, int | float) and (every < 1 or every != int(every)):
-        raise ValueError(f"every is {every}: take a whole number of at least 1")
+    check_every("every", every, or_never=False)
     if not isinstance(max_side, int) or max_side < 1:
         raise ValueError(
             f"max_side is {max_side}: take a whole number of at least 1 (and name it "
