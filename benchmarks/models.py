@@ -34,30 +34,32 @@ class ResNet(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Two pre-norm blocks of width 128 with four heads, causal."""
+    """Pre-norm blocks, causal; by default two of width 128 with four heads."""
 
-    def __init__(self, rngs):
-        norm = lambda: nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.embed = nnx.Embed(TOKENS, WIDTH, rngs=rngs)
-        self.position = nnx.Embed(LENGTH, WIDTH, rngs=rngs)
+    def __init__(
+        self, rngs, tokens=TOKENS, length=LENGTH, width=WIDTH, blocks=BLOCKS, heads=4
+    ):
+        norm = lambda: nnx.LayerNorm(width, rngs=rngs)
+        self.embed = nnx.Embed(tokens, width, rngs=rngs)
+        self.position = nnx.Embed(length, width, rngs=rngs)
         self.attend = nnx.List(
-            nnx.MultiHeadAttention(4, WIDTH, decode=False, rngs=rngs)
-            for _ in range(BLOCKS)
+            nnx.MultiHeadAttention(heads, width, decode=False, rngs=rngs)
+            for _ in range(blocks)
         )
         self.rise = nnx.List(
-            nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs) for _ in range(BLOCKS)
+            nnx.Linear(width, 4 * width, rngs=rngs) for _ in range(blocks)
         )
         self.fall = nnx.List(
-            nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs) for _ in range(BLOCKS)
+            nnx.Linear(4 * width, width, rngs=rngs) for _ in range(blocks)
         )
-        self.norms = nnx.List(norm() for _ in range(2 * BLOCKS + 1))
-        self.out = nnx.Linear(WIDTH, TOKENS, rngs=rngs)
+        self.norms = nnx.List(norm() for _ in range(2 * blocks + 1))
+        self.out = nnx.Linear(width, tokens, rngs=rngs)
 
     def __call__(self, tokens):
-        x = self.embed(tokens) + self.position(jnp.arange(LENGTH))
+        x = self.embed(tokens) + self.position(jnp.arange(tokens.shape[-1]))[None]
         mask = nnx.make_causal_mask(tokens)
-        for i in range(BLOCKS):
-            x = x + self.attend[i](self.norms[2 * i](x), mask=mask)
+        for i, attend in enumerate(self.attend):
+            x = x + attend(self.norms[2 * i](x), mask=mask)
             y = nnx.gelu(self.rise[i](self.norms[2 * i + 1](x)))
             x = x + self.fall[i](y)
         return self.out(self.norms[-1](x))

@@ -1,0 +1,106 @@
+"""Finished runs, one line each: what was asked for -> what came out.
+
+A run is a function and the JSON that it is called with, so its line can be found
+again: whoever asks for the same run, in this experiment or another, gets the line. A
+kill loses the run that was being made and nothing else; made again it gives the same
+numbers, because seeds are part of what is asked for.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+Row = dict[str, Any]  # a run's config and its result, side by side
+
+
+class Run(NamedTuple):
+    """`function(folder, **config) -> result`; config and result are JSON objects."""
+
+    function: Callable[..., Row]
+    config: Row
+
+    @property
+    def key(self) -> str:
+        """What identifies the run."""
+        return json.dumps(self.config, sort_keys=True)
+
+
+def path_of(function: Callable[..., Row], results: pathlib.Path) -> pathlib.Path:
+    """The file of all runs of one function."""
+    return results / "runs" / f"{function.__name__}.jsonl"
+
+
+def load(path: pathlib.Path) -> dict[str, Row]:
+    """All finished runs of a file, by key; a line that a kill cut short is no run."""
+    if not path.exists():
+        return {}
+    rows = {}
+    lines = path.read_text().split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            run = json.loads(line) if line else None
+        except json.JSONDecodeError:
+            if number == len(lines):
+                continue
+            raise ValueError(
+                f"{path}, line {number} is damaged: delete that line to run it again"
+            ) from None
+        if run is not None:
+            rows[json.dumps(run["config"], sort_keys=True)] = run["result"]
+    return rows
+
+
+def save(path: pathlib.Path, run: Run, result: Row) -> None:
+    """Append a finished run, after taking off what a kill left of another."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"config": run.config, "result": result}) + "\n"
+    with path.open("ab+") as file:
+        end = file.seek(0, 2)
+        if end:
+            file.seek(end - 1)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line.encode())
+
+
+def finished(runs: Iterable[Run], results: pathlib.Path = RESULTS) -> list[Row]:
+    """The rows of those runs that are there."""
+    rows, files = [], {}
+    for run in runs:
+        path = path_of(run.function, results)
+        known = files.setdefault(path, load(path) if path not in files else None)
+        if run.key in known:
+            rows.append({**run.config, **known[run.key]})
+    return rows
+
+
+def perform(
+    name: str, runs: list[Run], folder: pathlib.Path, results: pathlib.Path = RESULTS
+) -> list[Row]:
+    """Make every run that is not there yet, and return all rows in the order asked."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns) as progress:
+        task = progress.add_task(name, total=len(runs))
+        for run in runs:
+            path = path_of(run.function, results)
+            # Read anew each time: another process may be making runs too.
+            if run.key not in load(path):
+                save(path, run, run.function(folder, **run.config))
+            progress.advance(task)
+    return finished(runs, results)

@@ -1,0 +1,160 @@
+"""The runner of the paper's experiments: stopped at any moment, it ends the same."""
+
+import functools
+import json
+import math
+import pathlib
+import re
+
+import pytest
+
+from benchmarks.paper import _page
+from benchmarks.paper._experiment import (
+    Conclusion,
+    Experiment,
+    carry_out,
+    cell,
+    difference,
+    path_of,
+)
+from benchmarks.paper._runs import (
+    Run,
+    finished,
+    load,
+    path_of as runs_path,
+    perform,
+    save,
+)
+from benchmarks.paper.experiments import EXPERIMENTS
+
+FOLDER = pathlib.Path("unused")
+VERDICTS = {"reproduced", "partly", "not reproduced"}
+
+
+class Killed(Exception):
+    """In place of a signal."""
+
+
+def counting(limit=math.inf):
+    """A run's function that is killed at its `limit`-th call, and its calls."""
+    calls = []
+
+    @functools.wraps(counting)
+    def square(folder, *, seed, base):
+        assert folder == FOLDER
+        calls.append(seed)
+        if len(calls) > limit:
+            raise Killed
+        return {"square": (base + seed) ** 2, "seconds": 0.0}
+
+    square.__name__ = "square"
+    return square, calls
+
+
+def runs_of(function):
+    return [Run(function, {"seed": seed, "base": 3}) for seed in range(4)]
+
+
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
+    killed, _ = counting(limit=2)
+    with pytest.raises(Killed):
+        perform("squares", runs_of(killed), FOLDER, tmp_path)
+    path = runs_path(killed, tmp_path)
+    before = path.read_text()
+    path.write_text(before + '{"config": {"seed": 2, "ba')  # killed while writing
+    function, calls = counting()
+    rows = perform("squares", runs_of(function), FOLDER, tmp_path)
+    assert calls == [2, 3]
+    assert [row["square"] for row in rows] == [9, 16, 25, 36]
+    assert path.read_text().startswith(before)
+
+    whole, _ = counting()
+    assert rows == perform("squares", runs_of(whole), FOLDER, tmp_path / "again")
+    again = runs_path(whole, tmp_path / "again")
+    assert again.read_text() == path.read_text()
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    function, _ = counting()
+    path = runs_path(function, tmp_path)
+    save(path, runs_of(function)[0], {"square": 9})
+    path.write_text("{oops\n" + path.read_text())
+    with pytest.raises(ValueError, match=r"line 1 is damaged: delete that line"):
+        load(path)
+
+
+def test_a_run_is_found_whatever_the_order_of_its_config(tmp_path):
+    function, calls = counting()
+    perform("squares", [Run(function, {"seed": 1, "base": 3})], FOLDER, tmp_path)
+    other = Run(function, {"base": 3, "seed": 1})
+    assert finished([other], tmp_path)[0]["square"] == 16
+    perform("squares", [other], FOLDER, tmp_path)
+    assert calls == [1]
+
+
+def squares(function):
+    conclude = lambda rows: Conclusion(
+        table=[{"seed": r["seed"], "square": r["square"]} for r in rows],
+        findings={"largest": max(r["square"] for r in rows), "none": math.nan},
+        verdict="partly",
+        remark="Squares.",
+    )
+    return Experiment(
+        name="squares",
+        claim="Squares grow",
+        paper={"said": "nothing"},
+        protocol={"small": "Four."},
+        runs=lambda scale: runs_of(function),
+        conclude=conclude,
+        draw=lambda figure, rows: figure.subplots().plot([r["square"] for r in rows]),
+    )
+
+
+def test_an_experiment_writes_its_record_and_picture(tmp_path):
+    experiment = squares(counting()[0])
+    carry_out(experiment, "small", FOLDER, tmp_path)
+    path = path_of(experiment, "small", tmp_path)
+    record = json.loads(path.read_text())
+    assert record["seeds"] == 4
+    assert record["measured"]["largest"] == 36
+    assert record["measured"]["none"] is None  # JSON has no NaN
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("*.part"))
+    with pytest.raises(ValueError, match=r"squares has no scale 'full': it has small"):
+        carry_out(experiment, "full", FOLDER, tmp_path)
+
+
+def test_cells_and_paired_differences():
+    assert cell([1.0, 3.0], 1) == "2.0 ± 1.0"
+    assert cell([1.0, math.inf], 1) == "1.0, 1 of 2 diverged"
+    assert cell([math.nan]) == "1 of 1 diverged"
+    assert difference([3.0, 5.0], [1.0, 1.0]) == (3.0, 1.0)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_configurations_are_json_and_have_seeds(name):
+    for scale in EXPERIMENTS[name].protocol:
+        for run in EXPERIMENTS[name].runs(scale):
+            assert json.loads(run.key) == run.config
+            assert isinstance(run.config["seed"], int)
+
+
+RECORDS = _page.records()
+
+
+def test_the_page_is_up_to_date():
+    assert _page.README.read_text() == _page.page(), "python -m benchmarks.paper page"
+
+
+@pytest.mark.parametrize(("path", "record"), RECORDS, ids=[p.stem for p, _ in RECORDS])
+def test_records_are_whole_and_come_from_runs_that_are_there(path, record):
+    assert {"experiment", "claim", "paper", "measured", "seeds", "scale"} <= set(record)
+    assert record["verdict"] in VERDICTS
+    assert path.with_suffix(".png").exists()
+    experiment = EXPERIMENTS[record["experiment"]]
+    rows = finished(experiment.runs(record["scale"]))
+    assert len(rows) == record["runs"]
+    conclusion = experiment.conclude(rows)
+    assert conclusion.verdict == record["verdict"]
+    assert conclusion.remark == record["remark"]
+    assert not re.search(r"\bnan\b|\binf\b", record["remark"])
