@@ -92,6 +92,15 @@ def test_a_run_is_found_whatever_the_order_of_its_config(tmp_path):
     assert calls == [1]
 
 
+def test_a_result_that_would_hide_its_config_is_refused(tmp_path):
+    def hiding(folder, *, seed):
+        return {"seed": seed + 1}
+
+    with pytest.raises(ValueError, match=r"hiding returns seed, which its config"):
+        perform("hiding", [Run(hiding, {"seed": 1})], FOLDER, tmp_path)
+    assert not runs_path(hiding, tmp_path).exists()
+
+
 def squares(function):
     conclude = lambda rows: Conclusion(
         table=[{"seed": r["seed"], "square": r["square"]} for r in rows],
@@ -143,7 +152,10 @@ RECORDS = _page.records()
 
 
 def test_the_page_is_up_to_date():
-    assert _page.README.read_text() == _page.page(), "python -m benchmarks.paper page"
+    out_of_date = "run python -m benchmarks.paper page"
+    assert _page.README.read_text() == _page.page(), out_of_date
+    main = _page.MAIN.read_text()
+    assert main == _page.main_readme(main), out_of_date
 
 
 @pytest.mark.parametrize(("path", "record"), RECORDS, ids=[p.stem for p, _ in RECORDS])

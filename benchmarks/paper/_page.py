@@ -9,9 +9,12 @@ from ._runs import RESULTS, Row
 from .experiments import EXPERIMENTS
 
 README = RESULTS.parent / "README.md"
+MAIN = pathlib.Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- begin of the verdicts -->\n", "<!-- end of the verdicts -->\n"
 HEAD = """\
 # The paper's figures and tables, run again
 
+    pip install '.[paper]'
     python -m benchmarks.paper all --data FOLDER --download
     python -m benchmarks.paper page             # writes this page from results/*.json
 
@@ -92,23 +95,36 @@ def _count(record: Row) -> str:
     )
 
 
+def overview(results: pathlib.Path = RESULTS, page: str = "") -> str:
+    """A line per experiment: what was claimed, and what came out."""
+    return _table(
+        [
+            {
+                "experiment": f"[{path.stem}]({page}#{path.stem})",
+                "claim": record["claim"],
+                "verdict": record["verdict"],
+                "scale": record["scale"],
+                "seeds": record["seeds"],
+            }
+            for path, record in records(results)
+        ]
+    )
+
+
 def page(results: pathlib.Path = RESULTS) -> str:
     """The page as Markdown."""
-    found = records(results)
-    overview = [
-        {
-            "experiment": f"[{path.stem}](#{path.stem})",
-            "claim": record["claim"],
-            "verdict": record["verdict"],
-            "scale": record["scale"],
-            "seeds": record["seeds"],
-        }
-        for path, record in found
-    ]
-    sections = [_section(path, record) for path, record in found]
-    return "\n".join([HEAD, _table(overview), "", *sections])
+    sections = [_section(path, record) for path, record in records(results)]
+    return "\n".join([HEAD, overview(results), "", *sections])
+
+
+def main_readme(text: str) -> str:
+    """The project's README with the verdicts of today between its two marks."""
+    before, rest = text.split(BEGIN)
+    verdicts = overview(page="benchmarks/paper/README.md")
+    return f"{before}{BEGIN}\n{verdicts}\n\n{END}{rest.split(END)[1]}"
 
 
 def write_page() -> None:
-    """Write the README of this folder."""
+    """Write the README of this folder, and the verdicts into the project's."""
     write(README, page())
+    write(MAIN, main_readme(MAIN.read_text()))

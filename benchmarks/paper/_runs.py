@@ -101,6 +101,12 @@ def perform(
             path = path_of(run.function, results)
             # Read anew each time: another process may be making runs too.
             if run.key not in load(path):
-                save(path, run, run.function(folder, **run.config))
+                result = run.function(folder, **run.config)
+                if shared := sorted(set(result) & set(run.config)):
+                    raise ValueError(
+                        f"{run.function.__name__} returns {', '.join(shared)}, which "
+                        "its config holds too: give the result another name"
+                    )
+                save(path, run, result)
             progress.advance(task)
     return finished(runs, results)

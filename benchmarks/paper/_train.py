@@ -324,7 +324,7 @@ def train(
     seed: int,
     weight_decay: float = 0.0,
     eval_every: int = 1,
-    spectral_norm: bool = False,
+    with_spectral_norm: bool = False,
 ) -> Row:
     """A run of `fit` as a row: its curves, and lambda_1 at the end if asked for."""
     start = time.perf_counter()
@@ -341,7 +341,7 @@ def train(
         eval_every=eval_every,
     )
     row = {**done.curves}
-    if spectral_norm:
+    if with_spectral_norm:
         row["spectral_norm"] = largest(
             done.network, done.params, done.rest, done.data[0]
         )

@@ -64,7 +64,7 @@ def run(
             "batch_size": 128,
             "seed": seed,
             "eval_every": 2 if small else 5,
-            "spectral_norm": True,
+            "with_spectral_norm": True,
         },
     )
 

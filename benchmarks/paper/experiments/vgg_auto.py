@@ -214,10 +214,10 @@ def _conclude_fig14(rows):
     ramp_gain = difference(ramped, learned)
     to_sgd = difference(ramped, last(sgd, "test_error"))
     checks = [
-        over_plain[0] < 0,
-        abs(over_flat[0]) < max(2 * over_flat[1], 1.0),
-        ramp_gain[0] < 0,
-        to_sgd[0] - 2 * to_sgd[1] < 0,
+        over_plain[0] + over_plain[1] < 0,
+        over_flat[0] + over_flat[1] > 0,
+        ramp_gain[0] + ramp_gain[1] < 0,
+        to_sgd[0] + to_sgd[1] < 0,
     ]
     others = {
         name: difference(errors(name, HIGH, HIGH), learned)
@@ -299,7 +299,9 @@ KFAC_PROTOCOL = _grid.protocol(
     " steps, eigenbases every 100, KL clip 0.01, momentum 0.9). The learned damping is"
     " measured on the training batch's own 8 microbatches every 100 steps; the authors"
     " scanned a separate set. At the small scale, where an epoch has 20 steps in place"
-    " of 391, both periods of 100 are 20.",
+    " of 391, both periods of 100 are 20. The paper's learned dampings come to 0.1 too,"
+    " where alpha over delta is 1e-3: it has 117,000 steps to make up for that, the"
+    " reduction 600.",
 )
 ADAM_PROTOCOL = _grid.protocol(
     EPOCHS,
@@ -315,8 +317,9 @@ EXPERIMENTS = [
             "sharper and generalises worse"
         ),
         paper={
-            "(alpha, delta)": "(0.1, 0.1), (1e-3, 1e-2), (1e-4, 1e-3), (1e-4, 3e-4), "
-            "(1e-4, 1e-4)",
+            "(alpha, delta)": (
+                "(0.1, 0.1), (1e-3, 1e-2), (1e-4, 1e-3), (1e-4, 3e-4), (1e-4, 1e-4)"
+            ),
             "lambda_1 (validation accuracy, %)": [
                 "6.7 (65.0)",
                 "20.8 (64.8)",

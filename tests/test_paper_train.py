@@ -1,0 +1,101 @@
+"""The paper's training runs: the same numbers again, each optimiser, small images."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from benchmarks.paper import _train
+from benchmarks.paper._convolution import conv_general_dilated
+from benchmarks.paper._data import Dataset
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+TASK = {"dataset": "tiny", "model": "logistic"}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Sixty-four images of two classes that differ in brightness."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(64, dtype=np.int32) % 2
+    images = rng.integers(0, 120, (64, 4, 4, 1)) + 100 * labels[:, None, None, None]
+    part = images.astype(np.uint8), labels
+    data = Dataset("tiny", part, part, 2)
+    monkeypatch.setattr(_train, "load", lambda name, folder, coarse: data)
+    _train.data_of.cache_clear()
+    yield pathlib.Path("unused")
+    _train.data_of.cache_clear()
+
+
+def run(folder, method, **changes):
+    settings = {"learning_rate": 0.1, "damping": 1e-2, "epochs": 3, "batch_size": 32}
+    settings |= {"seed": 0, "task": TASK, "method": method, **changes}
+    row = _train.train(folder, **settings)
+    return {k: v for k, v in row.items() if k != "seconds"}
+
+
+def test_the_same_run_gives_the_same_numbers(tiny):
+    learned = {"optimizer": "adam", "learned": True, "every": 1}
+    first = run(tiny, learned, epochs=6, with_spectral_norm=True)
+    assert first == run(tiny, learned, epochs=6, with_spectral_norm=True)
+    assert first["train_loss"][-1] < first["train_loss"][0] < np.log(2)
+    assert first["damping_curve"][-1] > 1e-2  # the floor and what was measured
+    assert first["spectral_norm"] > 0
+    assert first != run(tiny, learned, epochs=6, with_spectral_norm=True, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "kfac"])
+def test_each_optimiser_trains(tiny, optimizer, learned):
+    if optimizer == "sgd" and learned:
+        pytest.skip("SGD has no damping")
+    method = {"optimizer": optimizer, "learned": learned, "every": 2}
+    row = run(tiny, method, learning_rate=0.02, damping=0.1)
+    assert row["train_loss"][-1] < row["train_loss"][0]
+    assert len(row["epoch"]) == 3
+
+
+def test_a_diverged_run_ends_early(tiny):
+    row = run(tiny, {"optimizer": "sgd"}, learning_rate=1e38, epochs=20)
+    assert len(row["epoch"]) < 20
+    assert not np.isfinite(row["train_loss"][-1])
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_small_convolution_is_xlas(size):
+    keys = jax.random.split(jax.random.key(size), 2)
+    x = jax.random.normal(keys[0], (2, size, size, 3))
+    kernel = jax.random.normal(keys[1], (3, 3, 3, 4))
+    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+
+    def loss(convolution):
+        def value(x, kernel):
+            out = convolution(x, kernel, (1, 1), "SAME", **options)
+            return jnp.sum(jnp.sin(out))
+
+        return jax.jit(jax.value_and_grad(value, argnums=(0, 1)))(x, kernel)
+
+    ours, theirs = loss(conv_general_dilated), loss(jax.lax.conv_general_dilated)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_numbers_may_be_traced():
+    numbers = _train.Numbers(0.1, 1e-2, 0.0, 10)
+    network = _train.Network(None, lambda params, batch: 0.0, None)
+
+    @jax.jit
+    def step(numbers, params):
+        tx = _train.transformation(_train.Method("adam"), numbers, network)
+        return tx.update(params, tx.init(params), params)[0]
+
+    eager = _train.transformation(_train.Method("adam"), numbers, network)
+    params = jnp.ones(3)
+    expected = eager.update(params, eager.init(params), params)[0]
+    np.testing.assert_allclose(step(numbers, params), expected, rtol=1e-6)
+    assert optax.tree.get(eager.init(params), "damping") == pytest.approx(1e-2)
