@@ -15,10 +15,12 @@ import pytest
 from optax._src.test_utils import log_compilations
 
 import rmtdamp
+from rmtdamp.hessian import FactorsFn, make_blocks
+from rmtdamp.hessian._kronecker import leaf_names
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-BATCH = np.linspace(-0.5, 0.5, 16, dtype=np.float32)
+BATCH = (np.linspace(-0.5, 0.5, 16, dtype=np.float32),) * 2
 
 
 def parabola(dtype):
@@ -57,9 +59,42 @@ TARGETS = [parabola, rosenbrock, matrix_parabola, mixed_tensors]
 def loss_of(objective):
     def loss(params, batch):
         value = objective(params)
-        return value * (1 + jnp.mean(batch).astype(value.dtype))
+        return value * (1 + jnp.mean(batch[0]).astype(value.dtype))
 
     return loss
+
+
+def factors_of(objective, params):
+    """A model whose outputs are its params, so that G is the objective's Hessian.
+
+    Matrices are linear layers that see the unit vectors; all else is a bare array.
+    """
+    names, leaves = leaf_names(params), jax.tree.leaves(params)
+    matrices = (n for n, x in zip(names, leaves, strict=True) if x.ndim == 2)
+    layers = {name: {"kernel": name} for name in matrices}
+    _, unravel = jax.flatten_util.ravel_pytree(params)
+
+    def model_fn(params, inputs, tape):
+        rows = []
+        for name, leaf in zip(names, jax.tree.leaves(params), strict=True):
+            repeat = lambda x: jnp.broadcast_to(x[None], (len(inputs), *x.shape))
+            outputs = repeat(leaf)
+            if name in layers:
+                units = jnp.eye(len(leaf), dtype=leaf.dtype)
+                outputs = tape.linear(name, repeat(units), outputs)
+            rows.append(jnp.reshape(outputs, (len(inputs), -1)))
+        return jnp.concatenate(rows, axis=1)
+
+    def loss_fn(outputs, targets):
+        values = jax.vmap(lambda z: objective(unravel(z)))(outputs)
+        return jnp.mean(values * (1 + targets).astype(values.dtype))
+
+    return FactorsFn(
+        model_fn=model_fn,
+        loss_fn=loss_fn,
+        blocks=make_blocks(params, layers),
+        fisher="ggn",
+    )
 
 
 def auto(inner):
@@ -91,7 +126,12 @@ def auto_spectral(learning_rate, loss_fn):
     return rmtdamp.auto_damping(rmtdamp.spectral(learning_rate, method="svd"), learner)
 
 
-# name: (factory, arguments). A factory with `loss_fn` is a learner and needs a batch.
+def auto_kfac(learning_rate, loss_fn, factors_fn):
+    learner = rmtdamp.DampingLearner(loss_fn, floor=0.1)
+    return rmtdamp.auto_damping(rmtdamp.kfac(learning_rate, factors_fn), learner)
+
+
+# name: (factory, arguments). One with `loss_fn` or `factors_fn` needs a batch.
 TABLE = {
     "adam_shrinkage": (rmtdamp.adam_shrinkage, {"learning_rate": 1e-2}),
     "adam_shrinkage, damped": (
@@ -136,6 +176,24 @@ TABLE = {
     ),
     "shampoo": (shampoo, {"learning_rate": 1e-3}),
     "auto_damping(spectral)": (auto_spectral, {"learning_rate": 1e-3}),
+    "kfac": (rmtdamp.kfac, {"learning_rate": 1e-2, "damping": 0.1}),
+    "kfac, EKFAC": (
+        rmtdamp.kfac,
+        {"learning_rate": 1e-2, "damping": 0.1, "ekfac": True, "nesterov": True},
+    ),
+    "kfac, factored, every step": (
+        rmtdamp.kfac,
+        {
+            "learning_rate": 1e-1,
+            "damping": 0.1,
+            "tikhonov": "factored",
+            "kl_clip": None,
+            "momentum": None,
+            "factor_every": 1,
+            "eigen_every": 1,
+        },
+    ),
+    "auto_damping(kfac)": (auto_kfac, {"learning_rate": 1e-2}),
 }
 # Variants of other rows: run with the slow tests.
 VARIANTS = {
@@ -149,6 +207,9 @@ VARIANTS = {
     "with_damping(amsgrad)",
     "spectral",
     "auto_adam",
+    "kfac, EKFAC",
+    "kfac, factored, every step",
+    "auto_damping(kfac)",
 }
 every_row = pytest.mark.parametrize(
     "name",
@@ -156,19 +217,31 @@ every_row = pytest.mark.parametrize(
 )
 
 
-def build(name, objective, **change):
-    """The transformation of a row, and the extras that its update needs."""
+def given(name, objective, params):
+    """A row's factory, its arguments, and the extras that its update needs."""
     factory, arguments = TABLE[name]
-    arguments = arguments | change
-    if "loss_fn" not in inspect.signature(factory).parameters:
-        return factory(**arguments), {}
-    return factory(loss_fn=loss_of(objective), **arguments), {"batch": BATCH}
+    functions = {
+        "loss_fn": loss_of(objective),
+        "factors_fn": factors_of(objective, params),
+    }
+    functions = {
+        key: function
+        for key, function in functions.items()
+        if key in inspect.signature(factory).parameters
+    }
+    return factory, arguments | functions, {"batch": BATCH} if functions else {}
+
+
+def build(name, objective, params, **change):
+    """The transformation of a row, and the extras."""
+    factory, arguments, extras = given(name, objective, params)
+    return factory(**arguments | change), extras
 
 
 @every_row
 def test_accepts_extra_args_and_compiles_once(name):
     params, _, objective = rosenbrock(jnp.float32)
-    tx, extras = build(name, objective)
+    tx, extras = build(name, objective, params)
 
     @jax.jit
     def step(params, state):
@@ -187,7 +260,7 @@ def test_accepts_extra_args_and_compiles_once(name):
 @pytest.mark.parametrize("target", TARGETS, ids=lambda f: f.__name__)
 def test_converges_and_maps_params(name, target):
     params, final, objective = target(jnp.float32)
-    tx, extras = build(name, objective)
+    tx, extras = build(name, objective, params)
     state = optax.tree.map_params(tx, lambda v: v, tx.init(params))
 
     @jax.jit
@@ -213,12 +286,11 @@ def test_inject_hyperparams(name):
     objective = lambda params: sum(jnp.sum(x**2) for x in params)
     params = [-jnp.ones((2, 3)), jnp.ones((2, 5, 2))]
     grads = [jnp.ones((2, 3)), -jnp.ones((2, 5, 2))]
-    factory, arguments = TABLE[name]
-    tx, extras = build(name, objective)
+    factory, arguments, extras = given(name, objective, params)
+    tx = factory(**arguments)
     static = {"loss_fn", "rule", "num_microbatches", "num_probes"}
+    static |= {"factors_fn", "tikhonov", "ekfac", "nesterov"}
     static &= set(inspect.signature(factory).parameters)
-    if extras:
-        arguments = arguments | {"loss_fn": loss_of(objective)}
     injected = optax.inject_hyperparams(factory, static_args=tuple(static))(**arguments)
 
     def first_step(tx):
@@ -237,8 +309,8 @@ def test_inject_hyperparams(name):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_preserves_dtype_and_accumulates_gradients(name, dtype):
     objective = lambda x: jnp.sum(x**2)
-    tx, extras = build(name, objective)
     params = jnp.array([1.0, 2.0], dtype)
+    tx, extras = build(name, objective, params)
     grads = jax.grad(objective)(params)
     updates, _ = jax.jit(functools.partial(tx.update, **extras))(
         grads, jax.jit(tx.init)(params), params
@@ -257,7 +329,7 @@ def test_preserves_dtype_and_accumulates_gradients(name, dtype):
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
 def test_state_keeps_structure_shape_and_dtype(name, dtype):
     params, _, objective = parabola(dtype)
-    tx, extras = build(name, objective)
+    tx, extras = build(name, objective, params)
 
     @jax.jit
     def step(params, state, take):
@@ -281,7 +353,7 @@ def test_accepts_a_learning_rate_schedule(name):
     params, _, objective = parabola(jnp.float32)
 
     def run(rate):
-        tx, extras = build(name, objective, learning_rate=rate)
+        tx, extras = build(name, objective, params, learning_rate=rate)
         x, state = params, tx.init(params)
         for _ in range(3):
             updates, state = tx.update(jax.grad(objective)(x), state, x, **extras)

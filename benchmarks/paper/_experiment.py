@@ -80,7 +80,7 @@ def carry_out(
     path = path_of(experiment, scale, results)
     text = json.dumps(_finite(record), indent=1, ensure_ascii=False, allow_nan=False)
     write(path, text + "\n")
-    figure = plt.figure(figsize=(9, 3.6), layout="constrained")
+    figure = plt.figure(figsize=(9, 4.2), layout="constrained")
     experiment.draw(figure, rows)
     figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
     plt.close(figure)

@@ -1,9 +1,20 @@
 """All experiments, by name."""
 
-from . import fig2, lanczos_opt, spectra, vgg_adam, vgg_auto
+from . import beyond, cost, fig2, lanczos_opt, spectra, stable_rate, vgg_adam, vgg_auto
+
+MODULES = (
+    lanczos_opt,
+    fig2,
+    spectra,
+    vgg_adam,
+    vgg_auto,
+    stable_rate,
+    cost,
+    beyond,
+)
 
 EXPERIMENTS = {
     experiment.name: experiment
-    for module in (lanczos_opt, fig2, spectra, vgg_adam, vgg_auto)
+    for module in MODULES
     for experiment in module.EXPERIMENTS
 }

@@ -155,4 +155,4 @@ def draw_curves(figure, rows: list[Row], *, damping: bool = False, skip=()) -> N
     if damping:
         axes[2].set(xlabel="epoch", ylabel="damping", yscale="log")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=7)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7)
