@@ -9,6 +9,7 @@ import re
 import pytest
 
 from benchmarks.paper import _page
+from benchmarks.paper.__main__ import chosen
 from benchmarks.paper._experiment import (
     Conclusion,
     Experiment,
@@ -131,6 +132,14 @@ def test_an_experiment_writes_its_record_and_picture(tmp_path):
     assert not list(tmp_path.glob("*.part"))
     with pytest.raises(ValueError, match=r"squares has no scale 'full': it has small"):
         carry_out(experiment, "full", FOLDER, tmp_path)
+
+
+def test_experiments_are_chosen_by_name_by_a_beginning_or_all():
+    assert chosen(["all"]) == list(EXPERIMENTS)
+    assert chosen(["fig11", "cost"]) == ["fig11_kfac_auto", "cost"]
+    assert chosen(["beyond"]) == ["beyond_tasks", "beyond_text", "beyond_layers"]
+    with pytest.raises(ValueError, match=r"no experiment fig1, fog: choose from all"):
+        chosen(["fig1", "fog", "cost"])
 
 
 def test_cells_and_paired_differences():

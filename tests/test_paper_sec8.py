@@ -227,8 +227,6 @@ def test_the_verdict_follows_from_the_rates(changed, verdict):
 def test_nothing_is_reproduced_if_no_check_holds():
     rows = _stable_rows(LIMITS | {("kfac", 0.01): 0.05, ("kfac", 1.0): 0.05})
     for row in rows:
-        for moment in row.get("measured", ())[1:]:
-            moment["predicted"] /= 3
         for moment in row.get("measured", ())[:1]:
             moment["predicted"] *= 3
     assert stable_rate.EXPERIMENTS[0].conclude(rows).verdict == "not reproduced"

@@ -22,7 +22,7 @@ def tiny(monkeypatch):
     """Sixty-four images of two classes that differ in brightness."""
     rng = np.random.default_rng(0)
     labels = np.arange(64, dtype=np.int32) % 2
-    images = rng.integers(0, 120, (64, 4, 4, 1)) + 100 * labels[:, None, None, None]
+    images = rng.integers(0, 120, (64, 8, 8, 1)) + 100 * labels[:, None, None, None]
     part = images.astype(np.uint8), labels
     data = Dataset("tiny", part, part, 2)
     monkeypatch.setattr(_train, "load", lambda name, folder, coarse: data)
@@ -58,6 +58,13 @@ def test_each_optimiser_trains(tiny, optimizer, learned):
     row = run(tiny, method, learning_rate=0.02, damping=0.1)
     assert row["train_loss"][-1] < row["train_loss"][0]
     assert len(row["epoch"]) == 3
+
+
+def test_crops_and_flips_depend_on_the_seed_alone(tiny):
+    augmented = {"task": {**TASK, "augmented": True}}
+    first = run(tiny, {"optimizer": "sgd"}, **augmented)
+    assert first == run(tiny, {"optimizer": "sgd"}, **augmented)
+    assert first != run(tiny, {"optimizer": "sgd"})
 
 
 def test_a_diverged_run_ends_early(tiny):

@@ -4,7 +4,8 @@
     python -m benchmarks.paper NAME... [--scale small|full] [--data FOLDER]
     python -m benchmarks.paper page
 
-NAME is an experiment's, or `all`. What is finished is not made again, so a run can be
+NAME is an experiment's, the beginning of some (`fig11`, `beyond`), or `all`. What is
+finished is not made again, so a run can be
 stopped at any moment and started again. `page` writes the README of this folder from
 the results. Data: a folder with mnist, fashion-mnist, cifar-100-binary and
 tinyshakespeare in it, in their original formats; `--download` fetches what is missing.
@@ -19,6 +20,22 @@ from rmtdamp.demo._data import DataError
 from . import _page
 from ._experiment import carry_out
 from .experiments import EXPERIMENTS
+
+
+def chosen(wanted: list[str]) -> list[str]:
+    """The experiments that are meant, by name, by a beginning, or all."""
+    if wanted == ["all"]:
+        return list(EXPERIMENTS)
+    found = {
+        given: [n for n in EXPERIMENTS if n == given or n.startswith(f"{given}_")]
+        for given in wanted
+    }
+    if unknown := [given for given, names in found.items() if not names]:
+        raise ValueError(
+            f"no experiment {', '.join(unknown)}: choose from all, "
+            f"{', '.join(EXPERIMENTS)}"
+        )
+    return [name for names in found.values() for name in names]
 
 
 def main() -> int:
@@ -42,13 +59,10 @@ def main() -> int:
     if args.names == ["page"]:
         _page.write_page()
         return 0
-    names = list(EXPERIMENTS) if args.names == ["all"] else args.names
-    unknown = [name for name in names if name not in EXPERIMENTS]
-    if unknown:
-        parser.error(
-            f"no experiment {', '.join(unknown)}: choose from all, "
-            f"{', '.join(EXPERIMENTS)}"
-        )
+    try:
+        names = chosen(args.names)
+    except ValueError as failure:
+        parser.error(str(failure))
     if args.download:
         from ._data import SOURCES, fetch
 

@@ -140,6 +140,18 @@ def cell(values: Sequence[float], digits: int = 3) -> str:
     return ", ".join(parts)
 
 
+def verdict_of(checks: Sequence[bool]) -> Verdict:
+    """All of what was claimed, some of it, or nothing."""
+    return (
+        "reproduced" if all(checks) else "partly" if any(checks) else "not reproduced"
+    )
+
+
+def signed(change: tuple[float, float]) -> str:
+    """A difference and its standard error."""
+    return f"{change[0]:+.2f} ± {change[1]:.2f}"
+
+
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
     """Mean and standard error of the paired differences over seeds."""
     paired = [a - b for a, b in zip(ours, theirs, strict=True)]

@@ -105,9 +105,18 @@ def epoch_time(
 
 
 def agreement(
-    folder: pathlib.Path, *, task: Row, epochs: int, num_batches: int, seed: int
+    folder: pathlib.Path,
+    *,
+    task: Row,
+    epochs: int,
+    num_batches: int,
+    num_probes: int,
+    seed: int,
 ) -> Row:
-    """The variance after some epochs: by batches' own microbatches, and by a scan."""
+    """The variance after some epochs: by batches' own microbatches, and by a scan.
+
+    A probe for each batch, `num_probes` for the scan.
+    """
     start = time.perf_counter()
     done = fit(
         folder,
@@ -138,7 +147,10 @@ def agreement(
         for k in keys[1:]
     ]
     scan = measure(
-        keys[0], NUM_SCANNED * BATCH_SIZE, num_microbatches=NUM_SCANNED, num_probes=2
+        keys[0],
+        NUM_SCANNED * BATCH_SIZE,
+        num_microbatches=NUM_SCANNED,
+        num_probes=num_probes,
     )
     return {
         "own": own,

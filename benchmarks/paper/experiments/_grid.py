@@ -1,5 +1,8 @@
 """VGG-16 on CIFAR-100: the task, its reduction, and rows of final figures."""
 
+import itertools
+from collections.abc import Sequence
+
 from benchmarks.paper._experiment import Scale, cell, groups, mean
 from benchmarks.paper._runs import Row, Run
 from benchmarks.paper._train import train
@@ -100,6 +103,11 @@ def last(rows: list[Row], name: str, factor: float = 100.0) -> list[float]:
     """The final value of a curve, seed by seed; infinite where the run diverged."""
     ends = [row[name][-1] for row in sorted(rows, key=lambda r: r["seed"])]
     return [factor * x if x is not None and x == x else float("inf") for x in ends]
+
+
+def is_falling(values: Sequence[float]) -> bool:
+    """Does no value exceed the one before it?"""
+    return all(a >= b for a, b in itertools.pairwise(values))
 
 
 def table(rows: list[Row]) -> list[Row]:

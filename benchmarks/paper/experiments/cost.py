@@ -11,6 +11,7 @@ from benchmarks.paper._experiment import (
     error,
     groups,
     mean,
+    verdict_of,
 )
 from benchmarks.paper._runs import Run
 from benchmarks.paper._train import train
@@ -41,7 +42,16 @@ def _runs(scale):
         for task, n in ((mlp, NUM_SCANNED), (_grid.SMALL, 3))
     ]
     compared = [
-        Run(agreement, {"task": mlp, "epochs": n, "num_batches": 16, "seed": seed})
+        Run(
+            agreement,
+            {
+                "task": mlp,
+                "epochs": n,
+                "num_batches": 16,
+                "num_probes": 16,
+                "seed": seed,
+            },
+        )
         for seed in SEEDS
         for n in EPOCHS
     ]
@@ -180,10 +190,12 @@ def _conclude(rows):
         for (optimizer, name), (_, _, same) in gaps.items()
         if name != "damping_curve" and not same
     ]
-    checks = [span("scan", 100)[1] <= TWICE, not unlike, agree]
-    verdict = (
-        "reproduced" if all(checks) else "partly" if any(checks) else "not reproduced"
+    # The paper's own case is KFAC.
+    doubled = max(
+        r["ratio"] for k, r in ratios.items() if k[1:] == ("kfac", "scan", 100)
     )
+    checks = [doubled <= TWICE, not unlike, agree]
+    verdict = verdict_of(checks)
     added = lambda times: np.array(times["adam, own"]) - np.array(times["adam"])
     pair = lambda ours, theirs: "{:+.4f} ± {:.4f}".format(*difference(ours, theirs))
     findings = {
@@ -213,7 +225,8 @@ def _conclude(rows):
     between = lambda kind, gap: "{:.2f} to {:.2f}".format(*span(kind, gap))
     remark = (
         "With the paper's scan at gap 100 an epoch takes "
-        f"{between('scan', 100)} times as long, with the batch's own microbatches "
+        f"{between('scan', 100)} times as long (KFAC, as in the paper: up to "
+        f"{doubled:.2f}), with the batch's own microbatches "
         f"{between('own', 100)} times, and {between('own', 10)} times at gap 10 "
         f"(the scan: {between('scan', 10)}). Gaps 10 and 100 give the same final "
         "losses "
@@ -286,11 +299,11 @@ EXPERIMENTS = [
             "neighbours with its 95 % interval. The scan has 78 batches of 128; on the "
             "VGG three of them are timed, for XLA must unroll convolutions on a CPU. "
             "Agreement: the MLP on 10,000 images under Adam, 16 batches of 128 as "
-            "8 x 16 with a probe each against one scan with two probes. Gaps: the MLP "
-            "on 5,000 images, 15 epochs, rate 0.001, floor 0.01. Judged: twice is up "
-            "to 2.2; losses are the same within two standard errors or 1 %; the "
-            "estimates agree if the root mean square of z is at most 2 and their mean "
-            "ratio within 1.25."
+            "8 x 16 with a probe each against one scan with 16 probes. Gaps: the MLP "
+            "on 5,000 images, 15 epochs, rate 0.001, floor 0.01. Judged: KFAC's epoch, "
+            "with the scan at gap 100, may take up to 2.2 times as long; losses are "
+            "the same within two standard errors or 1 %; the estimates agree if the "
+            "root mean square of z is at most 2 and their mean ratio within 1.25."
         },
         runs=_runs,
         conclude=_conclude,

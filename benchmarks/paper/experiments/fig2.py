@@ -14,6 +14,7 @@ from benchmarks.paper._experiment import (
     difference,
     groups,
     mean,
+    verdict_of,
 )
 from benchmarks.paper._runs import Row, Run
 from benchmarks.paper._train import Method, Task, fit
@@ -144,9 +145,7 @@ def _conclude(rows):
         ]
     )
     checks = [bulk > 0.9, differ and sharper[0] * worse[0] < 0]
-    verdict = (
-        "reproduced" if all(checks) else "partly" if any(checks) else "not reproduced"
-    )
+    verdict = verdict_of(checks)
     findings = {
         "weight of the spectrum within 1 % of lambda_1 of 0": bulk,
         "lambda_1: SGD, Adam": [of("sgd", "lambda_max"), of("adam", "lambda_max")],

@@ -19,6 +19,7 @@ from benchmarks.paper._experiment import (
     groups,
     mean,
     select,
+    verdict_of,
 )
 from benchmarks.paper._runs import Row, Run
 
@@ -199,9 +200,7 @@ def _conclude(rows):
         for i in range(len(DAMPINGS))
     )
     checks = [suffers, order, more_than_training > len(DAMPINGS) / 2]
-    verdict = (
-        "reproduced" if all(checks) else "partly" if any(checks) else "not reproduced"
-    )
+    verdict = verdict_of(checks)
     pair = lambda x: f"{x[0]:.2f} ± {x[1]:.2f}"
     findings = {
         "best delta for the test error": best,

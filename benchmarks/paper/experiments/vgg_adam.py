@@ -1,10 +1,16 @@
 """Tables 1 and 2, Figures 8 and 9: Adam's damping on VGG-16, against SGD."""
 
-import itertools
-
-from benchmarks.paper._experiment import Conclusion, Experiment, cell, difference, mean
+from benchmarks.paper._experiment import (
+    Conclusion,
+    Experiment,
+    cell,
+    difference,
+    mean,
+    signed,
+    verdict_of,
+)
 from benchmarks.paper.experiments import _grid
-from benchmarks.paper.experiments._grid import by_setting, last, table
+from benchmarks.paper.experiments._grid import by_setting, is_falling, last, table
 
 EPOCHS = 40
 SGD, ADAM = {"optimizer": "sgd"}, {"optimizer": "adam"}
@@ -16,7 +22,7 @@ PAIRS = [
     (1e-3, DEFAULT), (1e-3, 1e-3), (1e-3, 5e-3), (1e-3, 8e-3),
 ]  # fmt: skip
 DAMPED = (1e-3, 5e-3)  # Table 2's Adam-D
-# A coupled penalty of 0.25 x alpha a step, as optax and PyTorch multiply by the rate.
+# Weights shrink by 0.25 alpha a step: optax and PyTorch multiply by the rate.
 BN_PAIRS = [(d, w) for w in (0.0, 0.25) for d in (DEFAULT, 1e-3)]
 
 
@@ -59,14 +65,6 @@ def _adam(rows, rate, damping, decay=0.0):
     return by_setting(rows)["Adam", rate, damping, decay]
 
 
-def _pair(values):
-    return f"{values[0]:+.2f} ± {values[1]:.2f}"
-
-
-def _monotone(values):
-    return all(a >= b for a, b in itertools.pairwise(values))
-
-
 def _conclude_norms(rows):
     """Table 1: more damping, a smaller norm, and for a while better test errors."""
     norms = {
@@ -85,13 +83,11 @@ def _conclude_norms(rows):
         ]
         for rate in (4e-4, 1e-3)
     }
-    falls = [_monotone(values) for values in norms.values()]
+    falls = [is_falling(values) for values in norms.values()]
     best = [min(range(len(v)), key=v.__getitem__) for v in errors.values()]
     helps = [index > 0 for index in best]
     checks = [*falls, *helps]
-    verdict = (
-        "reproduced" if all(checks) else "partly" if any(checks) else "not reproduced"
-    )
+    verdict = verdict_of(checks)
     text = "; ".join(
         f"alpha {rate:g}: {', '.join(f'{x:.3g}' for x in values)}"
         for rate, values in norms.items()
@@ -127,9 +123,7 @@ def _conclude_gap(rows):
         # error to that.
         mean(last(_adam(rows, *DAMPED), "train_error")) < 5,
     ]
-    verdict = (
-        "reproduced" if all(checks) else "partly" if any(checks) else "not reproduced"
-    )
+    verdict = verdict_of(checks)
     fitted = cell(last(_adam(rows, *DAMPED), "train_error"), 1)
     findings = {
         "test error, %: SGD, Adam (4e-4, 1e-8), Adam-D (1e-3, 5e-3)": [
@@ -137,17 +131,17 @@ def _conclude_gap(rows):
             cell(plain, 1),
             cell(damped, 1),
         ],
-        "Adam - SGD, points": _pair(gap),
-        "Adam-D - Adam at 4e-4, points": _pair(closed),
-        "Adam-D - Adam at its own rate 1e-3, points": _pair(closed_same),
-        "Adam-D - SGD, points": _pair(left),
+        "Adam - SGD, points": signed(gap),
+        "Adam-D - Adam at 4e-4, points": signed(closed),
+        "Adam-D - Adam at its own rate 1e-3, points": signed(closed_same),
+        "Adam-D - SGD, points": signed(left),
         "training error of Adam-D, %": fitted,
     }
     remark = (
-        f"Adam's gap to SGD is {_pair(gap)}"
+        f"Adam's gap to SGD is {signed(gap)}"
         f" points{'' if checks[0] else ' (within two standard errors of none)'}; the"
-        f" larger delta changes it by {_pair(closed)} against Adam at 4e-4 and"
-        f" {_pair(closed_same)} at its own rate, which leaves {_pair(left)} to SGD."
+        f" larger delta changes it by {signed(closed)} against Adam at 4e-4 and"
+        f" {signed(closed_same)} at its own rate, which leaves {signed(left)} to SGD."
         f" Adam-D ends at a training error of {fitted} %."
     )
     return Conclusion(table(rows), findings, verdict, remark)
@@ -163,19 +157,17 @@ def _conclude_bn(rows):
         }
     tests = [c["test_error"] for c in changes.values()]
     better = [x[0] + x[1] < 0 for x in tests]
-    verdict = (
-        "reproduced" if all(better) else "partly" if any(better) else "not reproduced"
-    )
+    verdict = verdict_of(better)
     findings = {
         f"delta 1e-3 against 1e-8, weight decay {decay:g}, points (train, test)": [
-            _pair(c["train_error"]),
-            _pair(c["test_error"]),
+            signed(c["train_error"]),
+            signed(c["test_error"]),
         ]
         for decay, c in changes.items()
     }
     remark = (
         "With BatchNorm a delta of 1e-3 in place of 1e-8 changes the test error by"
-        f" {_pair(tests[0])} points without weight decay and {_pair(tests[1])} with"
+        f" {signed(tests[0])} points without weight decay and {signed(tests[1])} with"
         " 0.25."
     )
     return Conclusion(table(rows), findings, verdict, remark)

@@ -2,17 +2,23 @@
 
 import math
 
-from benchmarks.paper._experiment import Conclusion, Experiment, cell, difference, mean
+from benchmarks.paper._experiment import (
+    Conclusion,
+    Experiment,
+    cell,
+    difference,
+    mean,
+    signed,
+    verdict_of,
+)
 from benchmarks.paper.experiments import _grid
-from benchmarks.paper.experiments._grid import by_setting, last, table
+from benchmarks.paper.experiments._grid import by_setting, is_falling, last, table
 from benchmarks.paper.experiments.vgg_adam import (
     ADAM,
     DEFAULT,
     EPOCHS,
     SGD,
     SGD_RATE,
-    _monotone,
-    _pair,
 )
 
 KFAC_EPOCHS = 30
@@ -63,12 +69,6 @@ def _auto_runs(name):
     return runs
 
 
-def _verdict(checks):
-    return (
-        "reproduced" if all(checks) else "partly" if any(checks) else "not reproduced"
-    )
-
-
 def _conclude_table(rows):
     found = by_setting(rows)
     groups = [found["KFAC", rate, damping, 0.0] for rate, damping in TABLE]
@@ -76,7 +76,7 @@ def _conclude_table(rows):
     tests = [mean(last(g, "test_error")) for g in groups]
     trains = [mean(last(g, "train_error")) for g in groups]
     # Down the table the damping falls.
-    checks = [_monotone(norms[::-1]), _monotone(tests[::-1])]
+    checks = [is_falling(norms[::-1]), is_falling(tests[::-1])]
     findings = {
         "lambda_1 as delta falls": norms,
         "test error, %, as delta falls": tests,
@@ -89,7 +89,7 @@ def _conclude_table(rows):
         f" ({'always' if checks[1] else 'not always'} growing), at training errors of"
         f" {', '.join(f'{x:.1f}' for x in trains)} %."
     )
-    return Conclusion(table(rows), findings, _verdict(checks), remark)
+    return Conclusion(table(rows), findings, verdict_of(checks), remark)
 
 
 def _steps_to(curve, epochs, target):
@@ -159,7 +159,7 @@ def _conclude_auto(rows):
         f" {', '.join(f'{x:g}' for x in failed_flat) or 'none'}; learned from"
         f" {', '.join(f'{x:g}' for x in failed_learned) or 'none'}."
     )
-    return Conclusion(table(rows), findings, _verdict(checks), remark)
+    return Conclusion(table(rows), findings, verdict_of(checks), remark)
 
 
 # Adam. alpha = delta = 4e-4 where the paper has 1e-4: there are 150 times fewer steps.
@@ -227,21 +227,21 @@ def _conclude_fig14(rows):
         )
     }
     findings = {
-        "learned - Adam (4e-4, 1e-8), points of test error": _pair(over_plain),
-        "learned - flat at the same rate and first value": _pair(over_flat),
-        "ramp (eq. 16) - linear (eq. 12), learned": _pair(ramp_gain),
-        "learned with the ramp - SGD": _pair(to_sgd),
-        **{f"{k} - damping form of eq. 15": _pair(v) for k, v in others.items()},
+        "learned - Adam (4e-4, 1e-8), points of test error": signed(over_plain),
+        "learned - flat at the same rate and first value": signed(over_flat),
+        "ramp (eq. 16) - linear (eq. 12), learned": signed(ramp_gain),
+        "learned with the ramp - SGD": signed(to_sgd),
+        **{f"{k} - damping form of eq. 15": signed(v) for k, v in others.items()},
     }
     remark = (
         "Against Adam at its default the learner changes the test error by"
-        f" {_pair(over_plain)} points, against a flat delta of the same rate by"
-        f" {_pair(over_flat)}; the ramp adds {_pair(ramp_gain)} and leaves"
-        f" {_pair(to_sgd)} to SGD. Shrinkage form:"
-        f" {_pair(others['Adam, learned, shrinkage form'])}, equivariant rule:"
-        f" {_pair(others['Adam, learned, equivariant rule'])}."
+        f" {signed(over_plain)} points, against a flat delta of the same rate by"
+        f" {signed(over_flat)}; the ramp adds {signed(ramp_gain)} and leaves"
+        f" {signed(to_sgd)} to SGD. Shrinkage form:"
+        f" {signed(others['Adam, learned, shrinkage form'])}, equivariant rule:"
+        f" {signed(others['Adam, learned, equivariant rule'])}."
     )
-    return Conclusion(table(rows), findings, _verdict(checks), remark)
+    return Conclusion(table(rows), findings, verdict_of(checks), remark)
 
 
 def _conclude_fig15(rows):
@@ -269,8 +269,8 @@ def _conclude_fig15(rows):
     findings = {
         "final training loss, flat with the ramp": unstable("flat, ramp"),
         "final training loss, learned with the ramp": unstable("learned, ramp"),
-        "learned: ramp - linear, points of test error": _pair(ramp),
-        "learned with the ramp - flat linear": _pair(over),
+        "learned: ramp - linear, points of test error": signed(ramp),
+        "learned with the ramp - flat linear": signed(over),
         "largest damping over the first, learned with the ramp": peak,
     }
     remark = (
@@ -278,11 +278,11 @@ def _conclude_fig15(rows):
         f" {unstable('flat, ramp'):.3g} and the learned one at"
         f" {unstable('learned, ramp'):.3g}: the flat one"
         f" {'fails' if checks[0] else 'does not diverge'} here. The ramp changes the"
-        f" learned run's test error by {_pair(ramp)} points, learned with the ramp"
-        f" against flat without by {_pair(over)}; the damping rises to {peak:.1f} times"
-        " its first value."
+        f" learned run's test error by {signed(ramp)} points, learned with the ramp"
+        f" against flat without by {signed(over)}; the damping rises to {peak:.1f}"
+        " times its first value."
     )
-    return Conclusion(table(rows), findings, _verdict(checks), remark)
+    return Conclusion(table(rows), findings, verdict_of(checks), remark)
 
 
 def _with_damping(figure, rows):
