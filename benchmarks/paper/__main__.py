@@ -64,9 +64,9 @@ def main() -> int:
     except ValueError as failure:
         parser.error(str(failure))
     if args.download:
-        from ._data import SOURCES, fetch
+        from ._data import fetch
 
-        for source in SOURCES:
+        for source in ("mnist", "fashion-mnist", "cifar-100", "tinyshakespeare"):
             fetch(source, args.data)
     for name in names:
         experiment = EXPERIMENTS[name]

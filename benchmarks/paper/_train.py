@@ -145,7 +145,6 @@ def transformation(method: Method, numbers: Numbers, network: Network):
     rate = SCHEDULES[method.schedule](numbers.learning_rate, numbers.total_steps)
     decay = optax.add_decayed_weights(numbers.weight_decay)
     if method.optimizer == "sgd":
-        # The unit of the damping is void here; it is kept so that states are alike.
         return optax.with_extra_args_support(
             optax.chain(decay, optax.sgd(rate, momentum=0.9))
         )
