@@ -126,7 +126,9 @@ def table(rows: list[Row]) -> list[Row]:
             "lambda_1": cell([row["spectral_norm"] for row in found], 1),
         }
         if any(row["method"].get("learned") for row in rows):
-            line["final delta"] = f"{mean(last(found, 'damping_curve', 1.0)):.2g}"
+            line["final delta"] = None
+            if not name.startswith("SGD"):
+                line["final delta"] = f"{mean(last(found, 'damping_curve', 1.0)):.2g}"
         lines.append(line)
     return lines
 
