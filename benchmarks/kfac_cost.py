@@ -36,6 +36,7 @@ from flax import nnx
 
 import rmtdamp
 import rmtdamp.flax
+from rmtdamp.demo._train import cross_entropy
 from rmtdamp.transforms import refresh_factors
 
 from ._hessian_report import interval, label, table
@@ -50,10 +51,6 @@ RATE, PEER_RATE = 1e-6, 3e-4
 CASES = (("mlp", 256), ("mlp", 4096), ("cnn", 128))
 # Batch size, rounds of 100 steps each.
 PEER_CASES = ((256, 7), (4096, 3))
-
-
-def cross_entropy(logits, labels):
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def curvature(kind):

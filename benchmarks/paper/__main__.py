@@ -5,10 +5,10 @@
     python -m benchmarks.paper page
 
 NAME is an experiment's, the beginning of some (`fig11`, `beyond`), or `all`. What is
-finished is not made again, so a run can be
-stopped at any moment and started again. `page` writes the README of this folder from
-the results. Data: a folder with mnist, fashion-mnist, cifar-100-binary and
-tinyshakespeare in it, in their original formats; `--download` fetches what is missing.
+finished is not made again, so a run can be stopped at any moment and started again.
+`page` writes the README of this folder from the results. Data: a folder with mnist,
+fashion-mnist, cifar-100-binary and tinyshakespeare in it, in their original formats;
+`--download` fetches what is missing.
 """
 
 import argparse

@@ -2,17 +2,15 @@
 
 import json
 import math
-import os
 import pathlib
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+
+from rmtdamp.demo._report import write
 
 from ._runs import RESULTS, Row, Run, perform
 
@@ -94,13 +92,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write(path: pathlib.Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def select(rows: Sequence[Row], **wanted: Any) -> list[Row]:

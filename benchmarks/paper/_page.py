@@ -4,7 +4,9 @@ import json
 import pathlib
 from typing import Any
 
-from ._experiment import path_of, write
+from rmtdamp.demo._report import write
+
+from ._experiment import path_of
 from ._runs import RESULTS, Row
 from .experiments import EXPERIMENTS
 

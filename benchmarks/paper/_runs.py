@@ -6,11 +6,13 @@ kill loses the run that was being made and nothing else; made again it gives the
 numbers, because seeds are part of what is asked for.
 """
 
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -33,6 +35,11 @@ class Run(NamedTuple):
     def key(self) -> str:
         """What identifies the run."""
         return json.dumps(self.config, sort_keys=True)
+
+
+def rounded(values) -> list[float]:
+    """An array as a flat list, to five digits."""
+    return [float(f"{x:.5g}") for x in np.ravel(np.asarray(values))]
 
 
 def path_of(function: Callable[..., Row], results: pathlib.Path) -> pathlib.Path:
@@ -76,12 +83,12 @@ def save(path: pathlib.Path, run: Run, result: Row) -> None:
 
 def finished(runs: Iterable[Run], results: pathlib.Path = RESULTS) -> list[Row]:
     """The rows of those runs that are there."""
-    rows, files = [], {}
+    known = functools.cache(load)
+    rows = []
     for run in runs:
-        path = path_of(run.function, results)
-        known = files.setdefault(path, load(path) if path not in files else None)
-        if run.key in known:
-            rows.append({**run.config, **known[run.key]})
+        result = known(path_of(run.function, results)).get(run.key)
+        if result is not None:
+            rows.append({**run.config, **result})
     return rows
 
 

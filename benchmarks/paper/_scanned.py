@@ -28,18 +28,17 @@ import rmtdamp
 import rmtdamp.flax
 from rmtdamp.damping import LearnedDamping, learn_damping
 from rmtdamp.demo._data import load_digits
+from rmtdamp.demo._train import RULES, cross_entropy
 from rmtdamp.hessian import HessianMoments, hvp
 
 from ._data import load_text
 from ._models import build_transformer
-from ._runs import Row
+from ._runs import Row, rounded
 from ._train import (
-    RULES,
     Method,
     Network,
     Numbers,
     Task,
-    cross_entropy,
     data_of,
     make_model,
     model_loss,
@@ -311,7 +310,6 @@ def train_scanned(
         parts,
         order,
     )
-    rounded = lambda x: [float(f"{y:.5g}") for y in np.asarray(x)]
     names = ("train_loss", "train_error", "test_loss", "test_error")
     row: Row = {"step": [per * (i + 1) for i in range(EVALUATIONS)]}
     row |= {n: rounded(x) for n, x in zip(names, np.asarray(scores).T, strict=True)}

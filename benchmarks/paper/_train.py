@@ -19,6 +19,7 @@ from flax import nnx
 import rmtdamp
 import rmtdamp.flax
 from rmtdamp import hessian
+from rmtdamp.demo._train import RULES, cross_entropy, scalar
 
 from . import _models
 from ._data import augment, load, standardise, take
@@ -28,10 +29,6 @@ SCHEDULES = {
     "linear": rmtdamp.schedules.linear_anneal_schedule,
     "ramp": rmtdamp.schedules.ramp_anneal_schedule,
     "constant": lambda rate, steps: lambda count: rate,
-}
-RULES = {
-    "identity": rmtdamp.identity_target,
-    "scaled-identity": rmtdamp.scaled_identity_target,
 }
 NUM_CURVATURE_EXAMPLES = 256
 CURVES = (
@@ -113,11 +110,6 @@ def make_model(task: Task, num_classes: int, image_shape, seed: int) -> nnx.Modu
         width=task.width,
         rngs=nnx.Rngs(seed),
     )
-
-
-def cross_entropy(logits, labels):
-    """The mean over a batch."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def model_loss(model, batch):
@@ -245,13 +237,16 @@ def fit(
     *,
     learning_rate: float,
     damping: float,
-    weight_decay: float,
     epochs: int,
-    batch_size: int,
     seed: int,
-    eval_every: int,
+    batch_size: int = 128,
+    weight_decay: float = 0.0,
+    eval_every: int | None = None,
 ) -> Trained:
-    """Train; the seed fixes initial weights, the order of the data and the crops."""
+    """Train; the seed fixes initial weights, the order of the data and the crops.
+
+    Evaluated every so many epochs, if asked for, and at the end.
+    """
     (train, test), num_classes = data_of(folder, task)
     shape = train[0].shape[1:]
     net = network(task, num_classes, shape, method.optimizer == "kfac")
@@ -290,25 +285,20 @@ def fit(
                 method, net, numbers, params, rest, opt_state, batch
             )
             step += 1
-        if epoch % eval_every == 0 or epoch == epochs:
+        if epoch == epochs or (eval_every and epoch % eval_every == 0):
             seen = [
                 *evaluate(net, params, rest, train),
                 *evaluate(net, params, rest, test),
             ]
             seen += [
-                _scalar(opt_state, "damping"),
-                _scalar(opt_state, "measured_variance"),
+                scalar(opt_state, "damping"),
+                scalar(opt_state, "measured_variance"),
             ]
             for name, value in zip(curves, [epoch, *seen], strict=True):
                 curves[name].append(value if value is None else float(f"{value:.5g}"))
             if not math.isfinite(seen[0]):
                 break
     return Trained(net, params, rest, opt_state, (train, test), curves)
-
-
-def _scalar(opt_state, name):
-    value = optax.tree.get(opt_state, name)
-    return None if value is None else float(value)
 
 
 def train(

@@ -26,7 +26,7 @@ class ReportError(ValueError):
     """The report folder cannot be used; the message says why."""
 
 
-def _write(path: pathlib.Path, text: str) -> None:
+def write(path: pathlib.Path, text: str) -> None:
     """Write a file whole or not at all."""
     part = path.with_name(path.name + ".part")
     part.write_text(text)
@@ -55,7 +55,7 @@ class Runs:
                 "choose another --out, or delete it"
             )
         self.meta = meta
-        _write(path, json.dumps(meta, indent=1) + "\n")
+        write(path, json.dumps(meta, indent=1) + "\n")
 
     def _path(self, method: str, seed: int) -> pathlib.Path:
         return self.folder / "runs" / f"{method}-{seed}.json"
@@ -74,7 +74,7 @@ class Runs:
     def save(self, method: str, seed: int, records: list[Record]) -> None:
         """Keep a finished run."""
         rows = [record._asdict() for record in records]
-        _write(self._path(method, seed), json.dumps(rows) + "\n")
+        write(self._path(method, seed), json.dumps(rows) + "\n")
 
 
 Results = dict[str, list[list[Record]]]  # method -> seed -> epoch
@@ -218,5 +218,5 @@ def write_report(results: Results, runs: Runs) -> None:
             for method, seeds in results.items()
         },
     }
-    _write(runs.folder / "report.json", json.dumps(report, indent=1) + "\n")
+    write(runs.folder / "report.json", json.dumps(report, indent=1) + "\n")
     picture(results, name, runs.folder / "report.png")

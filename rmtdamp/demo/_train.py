@@ -181,7 +181,7 @@ def _evaluate(predict, params, data):
     return jnp.mean(losses), jnp.mean(jnp.argmax(logits, axis=1) == data[1])
 
 
-def _scalar(opt_state, name) -> float | None:
+def scalar(opt_state, name) -> float | None:
     """A number of the optimiser's state, None where it keeps none of that name."""
     value = optax.tree.get(opt_state, name)
     return None if value is None else float(value)
@@ -214,7 +214,7 @@ def train(
             epoch,
             *map(float, _evaluate(predict, params, train_data)),
             *map(float, _evaluate(predict, params, test_data)),
-            damping=_scalar(opt_state, "damping"),
-            measured_variance=_scalar(opt_state, "measured_variance"),
+            damping=scalar(opt_state, "damping"),
+            measured_variance=scalar(opt_state, "measured_variance"),
             steps_per_second=num_batches / seconds,
         )

@@ -124,11 +124,9 @@ def agreement(
         Method("adam", schedule="constant"),
         learning_rate=1e-3,
         damping=1e-4,
-        weight_decay=0.0,
         epochs=epochs,
         batch_size=BATCH_SIZE,
         seed=seed,
-        eval_every=max(epochs, 1),
     )
     (data, _), _ = data_of(folder, Task(**task))
     rng = np.random.default_rng(seed)

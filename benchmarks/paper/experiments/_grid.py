@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 
-from benchmarks.paper._experiment import Scale, cell, groups, mean
+from benchmarks.paper._experiment import Scale, cell, mean
 from benchmarks.paper._runs import Row, Run
 from benchmarks.paper._train import train
 
@@ -19,6 +19,7 @@ SMALL = {
 }
 FULL = {"dataset": "cifar-100", "model": "vgg16", "augmented": True}
 SEEDS = (0, 1, 2)
+SGD, SGD_RATE = {"optimizer": "sgd"}, {"small": 0.02, "full": 0.01}
 REDUCTION = (
     "Reduced: VGG-16 at an eighth of its width (0.24 million parameters), CIFAR-100's"
     " first five coarse classes (2,560 training and 2,500 test images) at 16 x 16"
@@ -72,6 +73,14 @@ def run(
     )
 
 
+def sgd(scale: Scale, epochs: int, model: str = "vgg16") -> list[Run]:
+    """SGD at the rate that is best at this scale, all seeds."""
+    return [
+        run(scale, SGD, SGD_RATE[scale], 0.0, seed, epochs=epochs, model=model)
+        for seed in SEEDS
+    ]
+
+
 def label(row: Row) -> str:
     """An optimiser's name for a table."""
     method = row["method"]
@@ -95,8 +104,10 @@ def key(row: Row) -> tuple:
 
 def by_setting(rows: list[Row]) -> dict[tuple, list[Row]]:
     """Rows of one setting, all seeds."""
-    tagged = [{**row, "setting": key(row)} for row in rows]
-    return {k[0]: v for k, v in groups(tagged, "setting").items()}
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return found
 
 
 def last(rows: list[Row], name: str, factor: float = 100.0) -> list[float]:
@@ -133,14 +144,12 @@ def table(rows: list[Row]) -> list[Row]:
     return lines
 
 
-def draw_curves(figure, rows: list[Row], *, damping: bool = False, skip=()) -> None:
+def draw_curves(figure, rows: list[Row], *, damping: bool = False) -> None:
     """Training and test error by epoch (and the damping), a colour per setting."""
     axes = figure.subplots(1, 3 if damping else 2)
     names = ["train_error", "test_error", *(["damping_curve"] if damping else [])]
     for i, (setting, found) in enumerate(by_setting(rows).items()):
         name, rate, floor, decay = setting
-        if setting in skip:
-            continue
         text = f"{name}, {rate:g}"
         text += "" if name.startswith("SGD") else f", {floor:g}"
         text += f", wd {decay:g}" if decay else ""

@@ -16,15 +16,13 @@ from benchmarks.paper._experiment import (
     mean,
     verdict_of,
 )
-from benchmarks.paper._runs import Row, Run
+from benchmarks.paper._runs import Row, Run, rounded
 from benchmarks.paper._train import Method, Task, fit
 from benchmarks.paper.experiments import _grid
-from benchmarks.paper.experiments.vgg_adam import DEFAULT, EPOCHS, SGD_RATE
+from benchmarks.paper.experiments.vgg_adam import DEFAULT, EPOCHS
 from rmtdamp import hessian
 from rmtdamp.outliers import halves, outliers
 from rmtdamp.plot import spectral_density as plot_density
-
-short = lambda values: [float(f"{x:.5g}") for x in np.ravel(np.asarray(values))]
 
 
 def end_spectrum(
@@ -47,11 +45,8 @@ def end_spectrum(
         Method(optimizer),
         learning_rate=learning_rate,
         damping=damping,
-        weight_decay=0.0,
         epochs=epochs,
-        batch_size=128,
         seed=seed,
-        eval_every=epochs,
     )
     loss_fn, params = done.network.loss_fn, done.params
     keys = jax.random.split(jax.random.key(seed), 2)
@@ -73,14 +68,14 @@ def end_spectrum(
         first, second, params, keys[1], k=8, num_steps=num_steps, num_probes=1
     )
     return {
-        "nodes": short(density.nodes),
-        "weights": short(density.weights),
+        "nodes": rounded(density.nodes),
+        "weights": rounded(density.weights),
         "num_parameters": density.num_parameters,
         "lambda_max": float(density.nodes.max()),
         "lambda_min": float(density.nodes.min()),
         "trace": float(density.moment(1)[0]) * density.num_parameters,
         "noise_edge": float(found.edge),
-        "batch_eigenvalues": short(found.eigenvalues),
+        "batch_eigenvalues": rounded(found.eigenvalues),
         "outliers": int(found.is_outlier.sum()),
         "test_error": done.curves["test_error"][-1],
         "train_error": done.curves["train_error"][-1],
@@ -96,7 +91,7 @@ def _runs(scale):
         "examples": 512 if small else 5000,
         "num_steps": 30 if small else 80,
     }
-    methods = (("sgd", SGD_RATE[scale], 0.0), ("adam", 1e-3, DEFAULT))
+    methods = (("sgd", _grid.SGD_RATE[scale], 0.0), ("adam", 1e-3, DEFAULT))
     return [
         Run(
             end_spectrum,

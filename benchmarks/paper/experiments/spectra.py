@@ -7,21 +7,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.paper._experiment import Conclusion, Experiment, cell, groups, mean
-from benchmarks.paper._runs import Row, Run
+from benchmarks.paper._experiment import (
+    Conclusion,
+    Experiment,
+    cell,
+    groups,
+    mean,
+    verdict_of,
+)
+from benchmarks.paper._runs import Row, Run, rounded
 from benchmarks.paper._train import Method, Task, fit
+from benchmarks.paper.experiments import _grid
 from rmtdamp import hessian, rmt
 from rmtdamp.outliers import halves, spiked_law
 
 TASK = {"dataset": "fashion-mnist", "model": "mlp", "width": 0.25, "num_train": 5000}
-FULL = {"dataset": "cifar-100", "model": "vgg16", "augmented": True}
 EPOCHS = (0, 1, 5, 20)
 SEEDS = (0, 1, 2)
 TOP = 10
-short = lambda values: [float(f"{x:.5g}") for x in np.ravel(np.asarray(values))]
 
 
-def _trained(folder, task, epochs, batch_size, seed):
+def _trained(folder, task, epochs, seed):
     """A point on Adam's way at a constant rate: (loss_fn, params, state, data)."""
     done = fit(
         folder,
@@ -29,13 +35,19 @@ def _trained(folder, task, epochs, batch_size, seed):
         Method("adam", schedule="constant"),
         learning_rate=1e-3,
         damping=1e-8,
-        weight_decay=0.0,
         epochs=epochs,
-        batch_size=batch_size,
         seed=seed,
-        eval_every=max(epochs, 1),
     )
     return done.network.loss_fn, done.params, done.rest, done.data[0]
+
+
+def _noise(loss_fn, params, rest, batch):
+    """The noise of a batch's Hessian, from its halves, as a matvec."""
+    first, second = (
+        hessian.hessian_matvec(loss_fn, params, half, loss_args=(rest,))
+        for half in halves(batch)
+    )
+    return hessian.noise_matvec(first, second)
 
 
 def _some(data, size, rng):
@@ -54,7 +66,7 @@ def overlap(
 ) -> Row:
     """Top eigenvectors of a batch's Hessian against those of the data set's."""
     start = time.perf_counter()
-    loss_fn, params, rest, data = _trained(folder, task, epochs, 128, seed)
+    loss_fn, params, rest, data = _trained(folder, task, epochs, seed)
     rng, key = np.random.default_rng(seed), jax.random.key(seed)
     keys = jax.random.split(key, 4)
     parts = [(data[0][i : i + 1000], data[1][i : i + 1000])
@@ -79,12 +91,9 @@ def overlap(
         batch_size=batch_size,
         loss_args=(rest,),
     )
-    first, second = (
-        hessian.hessian_matvec(loss_fn, params, half, loss_args=(rest,))
-        for half in halves(batch)
-    )
+    matvec = _noise(loss_fn, params, rest, batch)
     noise = hessian.spectral_density(
-        hessian.noise_matvec(first, second), params, keys[3], num_steps=40, num_probes=2
+        matvec, params, keys[3], num_steps=40, num_probes=2
     )
     edge = jnp.max(jnp.abs(noise.nodes))
     outside = jnp.abs(seen.eigenvalues) > edge
@@ -92,13 +101,13 @@ def overlap(
     nu = np.asarray(true.eigenvalues, np.float64)
     variance = float(moments.variance)
     return {
-        "true": short(nu),
-        "seen": short(seen.eigenvalues),
+        "true": rounded(nu),
+        "seen": rounded(seen.eigenvalues),
         "variance": variance,
-        "overlap": short(np.diag(squared)),
-        "best_overlap": short(squared.max(axis=1)),
-        "theorem": short(np.clip(1 - variance / nu**2, 0, None)),
-        "noise_law": short(jnp.where(outside, law, 0)),
+        "overlap": rounded(np.diag(squared)),
+        "best_overlap": rounded(squared.max(axis=1)),
+        "theorem": rounded(np.clip(1 - variance / nu**2, 0, None)),
+        "noise_law": rounded(jnp.where(outside, law, 0)),
         "residual": float(jnp.max(true.residuals)),
         "seconds": round(time.perf_counter() - start, 1),
     }
@@ -109,14 +118,10 @@ def noise(
 ) -> Row:
     """The spectrum of a batch Hessian's noise, from its halves, and eq. 7's law."""
     start = time.perf_counter()
-    loss_fn, params, rest, data = _trained(folder, task, epochs, 128, seed)
+    loss_fn, params, rest, data = _trained(folder, task, epochs, seed)
     batch = _some(data, batch_size, np.random.default_rng(seed))
-    first, second = (
-        hessian.hessian_matvec(loss_fn, params, half, loss_args=(rest,))
-        for half in halves(batch)
-    )
     density = hessian.spectral_density(
-        hessian.noise_matvec(first, second),
+        _noise(loss_fn, params, rest, batch),
         params,
         jax.random.key(seed),
         num_steps=60,
@@ -135,15 +140,17 @@ def noise(
         "kurtosis": weights @ nodes**4 / variance**2,
         "edge_ratio": np.abs(nodes).max() / (2 * variance**0.5),
         "distance": distance,
-        "nodes": short(nodes / variance**0.5),
-        "mass": short(mass),
+        "nodes": rounded(nodes / variance**0.5),
+        "mass": rounded(mass),
         "num_parameters": density.num_parameters,
         "seconds": round(time.perf_counter() - start, 1),
     }
 
 
 def _overlap_runs(scale):
-    task, sizes = (TASK, (64, 256, 1024)) if scale == "small" else (FULL, (128, 1024))
+    task, sizes = (
+        (TASK, (64, 256, 1024)) if scale == "small" else (_grid.FULL, (128, 1024))
+    )
     examples = 5000 if scale == "small" else 50000
     return [
         Run(
@@ -163,7 +170,7 @@ def _overlap_runs(scale):
 
 
 def _noise_runs(scale):
-    task, epochs = (TASK, EPOCHS) if scale == "small" else (FULL, (0, 1, 30))
+    task, epochs = (TASK, EPOCHS) if scale == "small" else (_grid.FULL, (0, 1, 30))
     return [
         Run(noise, {"task": task, "epochs": e, "batch_size": b, "seed": seed})
         for b in (128, 1024)
@@ -243,21 +250,14 @@ def _conclude_noise(rows):
                 "Kolmogorov distance": of("distance", 3),
             }
         )
-    furthest = lambda name: max(
-        mean([r[name] for r in g])
-        for g in groups(rows, "batch_size", "epochs").values()
-    )
-    nearest = lambda name: min(
-        mean([r[name] for r in g])
-        for g in groups(rows, "batch_size", "epochs").values()
-    )
-    distance = nearest("distance"), furthest("distance")
-    kurtosis = nearest("kurtosis"), furthest("kurtosis")
-    edges = nearest("edge_ratio"), furthest("edge_ratio")
-    verdict = (
-        "reproduced" if distance[1] < 0.05
-        else "partly" if distance[0] < 0.05 else "not reproduced"
-    )  # fmt: skip
+
+    def extremes(name):
+        cases = groups(rows, "batch_size", "epochs").values()
+        means = [mean([r[name] for r in case]) for case in cases]
+        return min(means), max(means)
+
+    distance, kurtosis, edges = map(extremes, ("distance", "kurtosis", "edge_ratio"))
+    verdict = verdict_of([x < 0.05 for x in distance])
     findings = {
         "Kolmogorov distance, nearest and furthest": list(distance),
         "P^-1 Tr X^4 / m^2, nearest and furthest": list(kurtosis),

@@ -31,6 +31,7 @@ from benchmarks.paper._stability import (
     search,
     start,
 )
+from benchmarks.paper.experiments import _grid
 
 SEEDS = (0, 1, 2)
 # (optimiser, damping) -> the exponent, in sixths, of its grid's first rate
@@ -52,7 +53,6 @@ _first = operator.itemgetter(0)
 TESTS = {"calm": is_calm, "learns": has_learned}
 SMALL = {"dataset": "fashion-mnist", "model": "mlp", "width": 0.25, "pool": 2}
 SMALL |= {"num_train": 500, "num_test": 100}
-FULL = {"dataset": "cifar-100", "model": "vgg16", "augmented": True}
 FULL_STEPS = 300 * (50_000 // 128)
 PATH = {
     "small": {
@@ -62,7 +62,7 @@ PATH = {
         "num_examples": None,
     },
     "full": {
-        "task": FULL,
+        "task": _grid.FULL,
         "at": [0, 390, 3900, 39_000, FULL_STEPS],
         "batch_size": 128,
         "num_examples": 512,
@@ -155,7 +155,7 @@ def _runs(scale):
 
 def _grids(scale, method):
     if scale == "full":
-        common = {"task": FULL, "batch_size": 128, "steps": FULL_STEPS}
+        common = {"task": _grid.FULL, "batch_size": 128, "steps": FULL_STEPS}
         common |= {"schedule": "linear"}
         rates = grid(-12, 13)  # 0.01 to 1
         return [Run(stable_rate, method | common | {"rates": [r]}) for r in rates]

@@ -13,8 +13,7 @@ from benchmarks.paper.experiments import _grid
 from benchmarks.paper.experiments._grid import by_setting, is_falling, last, table
 
 EPOCHS = 40
-SGD, ADAM = {"optimizer": "sgd"}, {"optimizer": "adam"}
-SGD_RATE = {"small": 0.02, "full": 0.01}
+ADAM = {"optimizer": "adam"}
 DEFAULT = 1e-8
 # alpha, delta of Table 1 (left) and Figure 8, and the default delta beside them.
 PAIRS = [
@@ -26,21 +25,14 @@ DAMPED = (1e-3, 5e-3)  # Table 2's Adam-D
 BN_PAIRS = [(d, w) for w in (0.0, 0.25) for d in (DEFAULT, 1e-3)]
 
 
-def _sgd(scale):
-    return [
-        _grid.run(scale, SGD, SGD_RATE[scale], 0.0, seed, epochs=EPOCHS)
-        for seed in _grid.SEEDS
-    ]
-
-
-def _runs(pairs, with_sgd=True):
+def _runs(pairs):
     def runs(scale):
         adam = [
             _grid.run(scale, ADAM, *pair, seed, epochs=EPOCHS)
             for seed in _grid.SEEDS
             for pair in pairs
         ]
-        return [*(_sgd(scale) if with_sgd else []), *adam]
+        return [*_grid.sgd(scale, EPOCHS), *adam]
 
     return runs
 
@@ -52,13 +44,7 @@ def _bn_runs(scale):
         for seed in _grid.SEEDS
         for damping, decay in BN_PAIRS
     ]  # fmt: skip
-    sgd = [
-        _grid.run(
-            scale, SGD, SGD_RATE[scale], 0.0, seed, epochs=EPOCHS, model="vgg16-bn"
-        )
-        for seed in _grid.SEEDS
-    ]
-    return [*sgd, *adam]
+    return [*_grid.sgd(scale, EPOCHS, "vgg16-bn"), *adam]
 
 
 def _adam(rows, rate, damping, decay=0.0):
@@ -107,7 +93,7 @@ def _conclude_norms(rows):
 
 def _conclude_gap(rows):
     """Figure 8, Table 2: SGD, Adam, Adam-D, test error at comparable training error."""
-    sgd = last([r for r in rows if r["method"] == SGD], "test_error")
+    sgd = last([r for r in rows if r["method"] == _grid.SGD], "test_error")
     plain = last(_adam(rows, 4e-4, DEFAULT), "test_error")
     same_rate = last(_adam(rows, 1e-3, DEFAULT), "test_error")
     damped = last(_adam(rows, *DAMPED), "test_error")
@@ -173,6 +159,37 @@ def _conclude_bn(rows):
     return Conclusion(table(rows), findings, verdict, remark)
 
 
+def _draw_norms(figure, rows):
+    axes = figure.subplots(1, 2)
+    for i, rate in enumerate((4e-4, 1e-3)):
+        dampings = [d for a, d in PAIRS if a == rate]
+        for row in (r for r in rows if r["learning_rate"] == rate):
+            x = max(row["damping"], 1e-5)
+            axes[0].plot(x, row["spectral_norm"], "o", color=f"C{i}", ms=4)
+            axes[1].plot(x, 100 * row["test_error"][-1], "o", color=f"C{i}", ms=4)
+        for ax, values in zip(
+            axes,
+            (
+                [
+                    mean([r["spectral_norm"] for r in _adam(rows, rate, d)])
+                    for d in dampings
+                ],
+                [mean(last(_adam(rows, rate, d), "test_error")) for d in dampings],
+            ),
+            strict=True,
+        ):
+            ax.plot([max(d, 1e-5) for d in dampings], values, color=f"C{i}",
+                    label=f"Adam, {rate:g}")  # fmt: skip
+    sgd = [r for r in rows if r["method"] == _grid.SGD]
+    axes[0].axhline(mean([r["spectral_norm"] for r in sgd]), color="grey", label="SGD")
+    axes[1].axhline(mean(last(sgd, "test_error")), color="grey")
+    for ax in axes:
+        ax.set(xscale="log", xlabel="damping (1e-8 drawn at 1e-5)")
+    axes[0].set(ylabel="lambda_1 at the end", yscale="log")
+    axes[1].set(ylabel="test error, %")
+    axes[0].legend(fontsize=8)
+
+
 PAPER_TABLE = {
     "lambda_1 (validation accuracy, %) at alpha 4e-4, delta 1e-7, 4e-4, 1e-3": [
         "53.1 (62.9)",
@@ -194,7 +211,7 @@ EXPERIMENTS = [
         protocol=_grid.protocol(EPOCHS, "lambda_1 on 256 training images, by Lanczos."),
         runs=_runs(PAIRS),
         conclude=_conclude_norms,
-        draw=lambda figure, rows: _draw_norms(figure, rows),
+        draw=_draw_norms,
     ),
     Experiment(
         name="fig8_adam",
@@ -231,34 +248,3 @@ EXPERIMENTS = [
         draw=_grid.draw_curves,
     ),
 ]  # fmt: skip
-
-
-def _draw_norms(figure, rows):
-    axes = figure.subplots(1, 2)
-    for i, rate in enumerate((4e-4, 1e-3)):
-        dampings = [d for a, d in PAIRS if a == rate]
-        for row in (r for r in rows if r["learning_rate"] == rate):
-            x = max(row["damping"], 1e-5)
-            axes[0].plot(x, row["spectral_norm"], "o", color=f"C{i}", ms=4)
-            axes[1].plot(x, 100 * row["test_error"][-1], "o", color=f"C{i}", ms=4)
-        for ax, values in zip(
-            axes,
-            (
-                [
-                    mean([r["spectral_norm"] for r in _adam(rows, rate, d)])
-                    for d in dampings
-                ],
-                [mean(last(_adam(rows, rate, d), "test_error")) for d in dampings],
-            ),
-            strict=True,
-        ):
-            ax.plot([max(d, 1e-5) for d in dampings], values, color=f"C{i}",
-                    label=f"Adam, {rate:g}")  # fmt: skip
-    sgd = [r for r in rows if r["method"] == SGD]
-    axes[0].axhline(mean([r["spectral_norm"] for r in sgd]), color="grey", label="SGD")
-    axes[1].axhline(mean(last(sgd, "test_error")), color="grey")
-    for ax in axes:
-        ax.set(xscale="log", xlabel="damping (1e-8 drawn at 1e-5)")
-    axes[0].set(ylabel="lambda_1 at the end", yscale="log")
-    axes[1].set(ylabel="test error, %")
-    axes[0].legend(fontsize=8)

@@ -1,5 +1,6 @@
 """Table 1 and Figures 7, 11 to 15: KFAC's damping, flat and learned; Adam's learned."""
 
+import functools
 import math
 
 from benchmarks.paper._experiment import (
@@ -17,8 +18,6 @@ from benchmarks.paper.experiments.vgg_adam import (
     ADAM,
     DEFAULT,
     EPOCHS,
-    SGD,
-    SGD_RATE,
 )
 
 KFAC_EPOCHS = 30
@@ -33,13 +32,6 @@ FIGURES = {
     "fig12": (1e-3, (1e-2, 3e-2, 1e-1), (1e-2, 3e-2)),
     "fig13": (1e-4, (3e-2, 1e-1), (1e-4, 3e-2)),
 }
-
-
-def _sgd(scale, epochs):
-    return [
-        _grid.run(scale, SGD, SGD_RATE[scale], 0.0, seed, epochs=epochs)
-        for seed in _grid.SEEDS
-    ]
 
 
 def _kfac(scale, seed, rate, damping, learned=False):
@@ -180,7 +172,7 @@ def _fig14_runs(scale):
             *(_adam(scale, seed, HIGH, HIGH, **LEARNED, **form) for form in FORMS),
             _adam(scale, seed, HIGH, HIGH, **LEARNED, schedule="ramp"),
         ]
-    return [*_sgd(scale, EPOCHS), *runs]
+    return [*_grid.sgd(scale, EPOCHS), *runs]
 
 
 def _fig15_runs(scale):
@@ -285,10 +277,7 @@ def _conclude_fig15(rows):
     return Conclusion(table(rows), findings, verdict_of(checks), remark)
 
 
-def _with_damping(figure, rows):
-    _grid.draw_curves(figure, rows, damping=True)
-
-
+_with_damping = functools.partial(_grid.draw_curves, damping=True)
 CLAIM = (
     "KFAC with a learned damping trains from any of its first values, faster than every"
     " flat damping"
