@@ -4,8 +4,8 @@
 
 One thread for LAPACK, as OpenBLAS threads that wait for a busy core make an
 eigendecomposition a hundred times slower. PYTHON is the interpreter of an environment
-made as `benchmarks/_kfac_peer.py` says; without it kfac-jax is left out. Prints
-Markdown and writes results/kfac_cost.json; --quick is a rehearsal that writes nothing.
+made as `benchmarks/peers.py` says; without it kfac-jax is left out. Prints Markdown and
+writes results/kfac_cost.json; --quick is a rehearsal that writes nothing.
 
 Default periods: factors every 10 steps, eigenbases every 100. In 100 steps 90 are
 plain, 9 measure factors, and one renews the eigenbases too; the three kinds are timed
@@ -24,9 +24,6 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
-import tempfile
-import types
 
 import jax
 import jax.numpy as jnp
@@ -37,38 +34,43 @@ from flax import nnx
 import rmtdamp
 import rmtdamp.flax
 from rmtdamp.demo._train import cross_entropy
-from rmtdamp.transforms import refresh_factors
 
-from ._hessian_report import interval, label, table
-from ._timing import compare, compiled, interleaved, rotate, timed
-from .overhead import Network, problem
+from . import peers
+from .shared.tables import interval, label, table
+from .shared.timing import (
+    Effort,
+    compare,
+    compiled,
+    interleaved,
+    model_of,
+    problem,
+    rotate,
+    timed,
+)
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "kfac_cost.json"
-PEER = pathlib.Path(__file__).with_name("_kfac_peer.py")
 FACTOR_EVERY, EIGEN_EVERY = 10, 100
 # Small, as labels are random, and gradients vanish in a run that has fitted them.
 RATE, PEER_RATE = 1e-6, 3e-4
 CASES = (("mlp", 256), ("mlp", 4096), ("cnn", 128))
-# Batch size, rounds of 100 steps each.
-PEER_CASES = ((256, 7), (4096, 3))
+PEER_CASES = ((256, 7), (4096, 3))  # batch size, rounds of 100 steps each
 
 
 def curvature(kind):
     """The factors of the network, and the state that it takes."""
-    model = Network(kind, nnx.Rngs(0))
+    model = model_of(kind)
     state = nnx.as_pure(rmtdamp.flax.loss_args(model))
     return rmtdamp.flax.nnx_factors(model, cross_entropy), state
 
 
 def stepper(tx, loss_fn, loss_args):
-    """A training step, (params, state), batch -> (params, state), loss."""
+    """A training step, params, state, batch -> (params, state), loss."""
     tx = optax.with_extra_args_support(tx)
 
     def step(params, state, batch):
         loss, grads = jax.value_and_grad(loss_fn)(params, batch)
-        updates, state = tx.update(
-            grads, state, params, batch=batch, loss_args=loss_args
-        )
+        extra = {"batch": batch, "loss_args": loss_args}
+        updates, state = tx.update(grads, state, params, **extra)
         return (optax.apply_updates(params, updates), state), loss
 
     return step
@@ -89,60 +91,43 @@ def looped(step, params, state, batch):
     return run
 
 
-def amortised(plain, factors, eigen):
-    """A step of the mean, from a plain one and what either measurement adds to it."""
-    return plain + factors / FACTOR_EVERY + eigen / EIGEN_EVERY
-
-
-def eigh_flops(blocks):
-    """9 n^3 for each factor of each layer."""
-    layers = (block for block in blocks if block.groups)
-    return sum(9 * b.groups * (b.rows**3 + b.columns**3) for b in layers)
-
-
-def cost_row(options, kind, batch_size):
+def cost_row(effort, kind, batch_size):
     """Times and FLOPs of a KFAC step's parts, over a step of Adam."""
     loss_fn, params, batch = problem(kind, batch_size)
     factors_fn, loss_args = curvature(kind)
-    by_hand = kind == "cnn"
-    plain_tx = rmtdamp.kfac(RATE, factors_fn, factor_every=None)
-    tx = plain_tx if by_hand else rmtdamp.kfac(RATE, factors_fn)
+    by_hand, adam = kind == "cnn", optax.adam(RATE)
+    plain = rmtdamp.kfac(RATE, factors_fn, factor_every=None)
+    tx = plain if by_hand else rmtdamp.kfac(RATE, factors_fn)
     measure = functools.partial(
-        refresh_factors,
+        rmtdamp.refresh_factors,
         factors_fn=factors_fn,
         params=params,
         batch=batch,
         loss_args=loss_args,
     )
-    adam = optax.adam(RATE)
-    steps = {
-        name: stepper(which, loss_fn, loss_args)
-        for name, which in (("adam", adam), ("plain", plain_tx), ("kfac", tx))
-    }
     # The state of a run under way, which decomposes only when it is time.
-    state = measure(plain_tx.init(params))
+    state = measure(plain.init(params))
     calls, flops = {}, {}
-    calls["adam"], flops["adam"], _ = compiled(
-        steps["adam"], params, adam.init(params), batch
-    )
-    calls["plain"], flops["plain"], _ = compiled(steps["plain"], params, state, batch)
-    _, flops["factors"], _ = compiled(
-        lambda p, b, s: factors_fn(p, b, jax.random.key(0), *s)[:2],
-        params,
-        batch,
-        loss_args,
-    )
-    flops["eigen"] = eigh_flops(factors_fn.blocks)
+    for name, which, start in (
+        ("adam", adam, adam.init(params)),
+        ("plain", plain, state),
+    ):
+        step = stepper(which, loss_fn, loss_args)
+        calls[name], flops[name], _ = compiled(step, params, start, batch)
+    factors = lambda p, b, s: factors_fn(p, b, jax.random.key(0), *s)[:2]
+    _, flops["factors"], _ = compiled(factors, params, batch, loss_args)
+    layers = [block for block in factors_fn.blocks if block.groups]
+    flops["eigen"] = sum(9 * b.groups * (b.rows**3 + b.columns**3) for b in layers)
+    step = stepper(tx, loss_fn, loss_args)
     if by_hand:
         calls["factors"] = lambda: measure(state, eigen=False)
         calls["eigen"] = lambda: measure(state, eigen=True)
-    else:
-        # One program, at three moments.
-        program = jax.jit(steps["kfac"]).lower(params, state, batch).compile()
+    else:  # one program, at three moments
+        program = jax.jit(step).lower(params, state, batch).compile()
         for name, count in (("plain", 1), ("factors", 10), ("eigen", 100)):
             at = optax.tree.set(state, count=jnp.asarray(count, jnp.int32))
             calls[name] = functools.partial(program, params, at, batch)
-    times = timed(calls, options, f"{kind} {batch_size}")
+    times = timed(calls, effort, f"{kind} {batch_size}")
     times["eigen"] = times["eigen"] - times["factors"]
     if not by_hand:
         times["factors"] = times["factors"] - times["plain"]
@@ -150,37 +135,31 @@ def cost_row(options, kind, batch_size):
     row["seconds"] = {name: statistics.median(x) for name, x in times.items()}
     for name, eigen in (("all", 1), ("without_eigen", 0)):
         count, seconds = (
-            amortised(x["plain"], x["factors"], eigen * x["eigen"])
+            x["plain"] + x["factors"] / FACTOR_EVERY + eigen * x["eigen"] / EIGEN_EVERY
             for x in (flops, times)
         )
         ratio = count / flops["adam"]
-        row[name] = compare(times["adam"], seconds) | {
-            "flops_ratio": ratio,
-            "over_flops": compare(times["adam"] * ratio, seconds),
-        }
+        over = compare(times["adam"] * ratio, seconds)
+        row[name] = compare(times["adam"], seconds)
+        row[name] |= {"flops_ratio": ratio, "over_flops": over}
     if (kind, batch_size) == CASES[0]:
-        loops = (
-            looped(steps["adam"], params, adam.init(params), batch),
-            looped(steps["kfac"], params, tx.init(params), batch),
-        )
-        row["loops"] = interleaved(
-            *(functools.partial(run, EIGEN_EVERY) for run in loops),
-            2 if options.quick else 7,
-            "the same, 100 steps",
-        )
+        loops = [
+            functools.partial(
+                looped(stepper(x, loss_fn, loss_args), params, x.init(params), batch),
+                EIGEN_EVERY,
+            )
+            for x in (adam, tx)
+        ]
+        pairs = min(effort.pairs, 7)
+        row["loops"] = interleaved(*loops, pairs, "the same, 100 steps")
         row["loops_over_flops"] = row["loops"]["ratio"] / row["all"]["flops_ratio"]
     return row
 
 
-def peer_row(options, batch_size, rounds):
+def peer_row(python, batch_size, rounds):
     """Loops of 100 steps, ours and kfac-jax's, at the same fixed settings."""
-    settings = {
-        "learning_rate": PEER_RATE,
-        "momentum": 0.9,
-        "damping": 0.1,
-        "factor_every": FACTOR_EVERY,
-        "eigen_every": EIGEN_EVERY,
-    }
+    settings = {"learning_rate": PEER_RATE, "momentum": 0.9, "damping": 0.1}
+    settings |= {"factor_every": FACTOR_EVERY, "eigen_every": EIGEN_EVERY}
     loss_fn, params, batch = problem("mlp", batch_size)
     factors_fn, loss_args = curvature("mlp")
     tx = rmtdamp.kfac(factors_fn=factors_fn, kl_clip=None, **settings)
@@ -191,54 +170,25 @@ def peer_row(options, batch_size, rounds):
         for _ in range(num):
             jax.block_until_ready(gradient(params, batch))
 
-    arrays = dict(zip(("inputs", "labels"), batch, strict=True))
-    for i, layer in enumerate([*params["layers"].values(), params["out"]]):
-        arrays |= {f"{name}{i}": layer[name] for name in ("kernel", "bias")}
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "network.npz"
-        np.savez(path, **arrays)
-        with subprocess.Popen(
-            [options.peer, PEER, path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as peer:
-            answers = peer.stdout
-            assert answers is not None
-
-            def ask(*question):
-                print(json.dumps(question), file=peer.stdin, flush=True)
-                answer = answers.readline()
-                if not answer:
-                    raise RuntimeError(f"the peer's process ended at {question}")
-                return json.loads(answer)
-
-            print(json.dumps(settings), file=peer.stdin, flush=True)
-            loops = {
-                "rmtdamp": run,
-                "kfac-jax, exact inverses": functools.partial(ask, "exact"),
-                "kfac-jax": functools.partial(ask, "inverses"),
-            }
-            bases = {
-                "rmtdamp": gradients,
-                "kfac-jax": functools.partial(ask, "gradient"),
-            }
-            row = {"batch": batch_size, "versions": ask("versions")}
-            # Everything compiles here, and the losses show that they do one thing.
-            losses = {name: loop(EIGEN_EVERY) for name, loop in loops.items()}
-            for base in bases.values():
-                base(2)
-            calls = {k: functools.partial(f, EIGEN_EVERY) for k, f in loops.items()}
-            calls |= {
-                f"{name} gradient": functools.partial(base, EIGEN_EVERY // 5)
-                for name, base in bases.items()
-            }
-            rounds = 2 if options.quick else rounds
-            times = rotate(calls, rounds, f"loops of 100 steps, {batch_size}")
-    row["contenders"] = {}
+    with peers.start(python, "kfac-jax", params, batch, settings) as ask:
+        loops = {
+            "rmtdamp": run,
+            "kfac-jax, exact inverses": functools.partial(ask, "exact"),
+            "kfac-jax": functools.partial(ask, "inverses"),
+        }
+        bases = {"rmtdamp": gradients, "kfac-jax": functools.partial(ask, "gradient")}
+        row = {"batch": batch_size, "versions": ask("versions"), "contenders": {}}
+        # Everything compiles here, and the losses show that they do one thing.
+        losses = {name: loop(EIGEN_EVERY) for name, loop in loops.items()}
+        for base in bases.values():
+            base(2)
+        calls = {k: functools.partial(f, EIGEN_EVERY) for k, f in loops.items()}
+        num = EIGEN_EVERY // 5
+        calls |= {f"{k} gradient": functools.partial(f, num) for k, f in bases.items()}
+        times = rotate(calls, rounds, f"loops of 100 steps, {batch_size}")
     for name in loops:
         step = np.array(times[name]) / EIGEN_EVERY
-        own = np.array(times[f"{name.split(',')[0]} gradient"]) / (EIGEN_EVERY // 5)
+        own = np.array(times[f"{name.split(',')[0]} gradient"]) / num
         row["contenders"][name] = compare(times["rmtdamp"], times[name]) | {
             "seconds": statistics.median(step),
             "gradient_seconds": statistics.median(own),
@@ -248,54 +198,52 @@ def peer_row(options, batch_size, rounds):
     return row
 
 
-def cost_table(rows):
-    """Markdown lines."""
-    head = ["model, batch", "Adam", "KFAC, plain", "factors", "eigenbases"]
-    head += ["time over Adam's", "FLOPs", "time over FLOPs"]
-    head += ["the same without eigendecompositions"]
-    lines = []
-    for row in rows:
-        seconds, everything, rest = (
-            row[x] for x in ("seconds", "all", "without_eigen")
-        )
-        cells = [label(row) + ", by hand" * row["by_hand"]]
-        cells += [f"{1e3 * seconds[name]:.1f} ms" for name in seconds]
-        cells += [interval(everything), f"{everything['flops_ratio']:.2f}"]
-        cells += [interval(everything["over_flops"])]
-        cells += [
-            f"{rest['ratio']:.2f}, {rest['flops_ratio']:.2f}, "
-            f"{interval(rest['over_flops'])}"
-        ]
-        lines.append(cells)
-        if "loops" in row:
-            whole = [""] * len(head)
-            whole[0] = "the same, whole loops of 100 steps"
-            whole[5] = interval(row["loops"])
-            whole[6] = f"{everything['flops_ratio']:.2f}"
-            whole[7] = f"{row['loops_over_flops']:.2f}"
-            lines.append(whole)
-    return table(head, lines)
+def ms(seconds):
+    return f"{1e3 * seconds:.1f} ms"
 
 
-def peer_table(rows):
+def _without(row):
+    rest = row["without_eigen"]
+    ratios = f"{rest['ratio']:.2f}, {rest['flops_ratio']:.2f}"
+    return f"{ratios}, {interval(rest['over_flops'])}"
+
+
+COST_COLUMNS = {
+    "model, batch": lambda row: label(row) + ", by hand" * row["by_hand"],
+    "Adam": lambda row: ms(row["seconds"]["adam"]),
+    "KFAC, plain": lambda row: ms(row["seconds"]["plain"]),
+    "factors": lambda row: ms(row["seconds"]["factors"]),
+    "eigenbases": lambda row: ms(row["seconds"]["eigen"]),
+    "time over Adam's": lambda row: interval(row["all"]),
+    "FLOPs": lambda row: f"{row['all']['flops_ratio']:.2f}",
+    "time over FLOPs": lambda row: interval(row["all"]["over_flops"]),
+    "the same without eigendecompositions": _without,
+    "whole loops of 100 steps": lambda row: (
+        f"{interval(row['loops'])}, {row['loops_over_flops']:.2f}"
+        if "loops" in row
+        else ""
+    ),
+}
+PEER_COLUMNS = {
+    "MLP, batch": lambda row: str(row["batch"]),
+    "by": lambda row: row["name"],
+    "a step of 100": lambda row: ms(row["seconds"]),
+    "times ours": interval,
+    "own gradient": lambda row: ms(row["gradient_seconds"]),
+    "times own gradient": lambda row: interval(row["times_gradient"]),
+    "loss after 100 steps": lambda row: f"{row['loss']:.4f}",
+}
+
+
+def tables(found):
     """Markdown lines."""
-    head = ["MLP, batch", "by", "a step of 100", "times ours", "own gradient"]
-    head += ["times own gradient", "loss after 100 steps"]
-    lines = []
-    for row in rows:
-        for name, found in row["contenders"].items():
-            lines.append(
-                [
-                    str(row["batch"]),
-                    name,
-                    f"{1e3 * found['seconds']:.1f} ms",
-                    interval(found),
-                    f"{1e3 * found['gradient_seconds']:.1f} ms",
-                    interval(found["times_gradient"]),
-                    f"{found['loss']:.4f}",
-                ]
-            )
-    return table(head, lines)
+    contenders = [
+        {"batch": row["batch"], "name": name, **x}
+        for row in found.get("peer", ())
+        for name, x in row["contenders"].items()
+    ]
+    lines = table(COST_COLUMNS, found["cost"])
+    return lines + (["", *table(PEER_COLUMNS, contenders)] if contenders else [])
 
 
 def main():
@@ -306,25 +254,21 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a rehearsal")
     parser.add_argument("--peer", metavar="PYTHON", help="kfac-jax's interpreter")
     args = parser.parse_args()
-    options = types.SimpleNamespace(
-        **vars(args), least=0.02, budget=1 if args.quick else 15, rounds=3
-    )
+    effort = Effort(budget=1, rounds=3, pairs=3) if args.quick else Effort(0.02, 15, 3)
     found = {
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
         "cores": len(os.sched_getaffinity(0)),
         "lapack_threads": os.environ.get("OPENBLAS_NUM_THREADS"),
-        "cost": [cost_row(options, *case) for case in CASES],
+        "cost": [cost_row(effort, *case) for case in CASES],
     }
-    lines = cost_table(found["cost"])
-    if options.peer:
-        cases = PEER_CASES[: 1 if options.quick else None]
-        found["peer"] = [peer_row(options, *case) for case in cases]
-        lines += ["", *peer_table(found["peer"])]
-    if not options.quick:
+    if args.peer:
+        cases = ((256, 2),) if args.quick else PEER_CASES
+        found["peer"] = [peer_row(args.peer, *case) for case in cases]
+    if not args.quick:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    print("\n" + "\n".join(lines))
+    print("\n" + "\n".join(tables(found)))
 
 
 if __name__ == "__main__":

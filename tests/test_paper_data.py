@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.paper._data import (
+from benchmarks.shared.data import (
     Dataset,
     augment,
     load,
@@ -16,7 +16,7 @@ from benchmarks.paper._data import (
     standardise,
     take,
 )
-from benchmarks.paper._sources import IDX_FILES, SOURCES
+from benchmarks.shared.sources import IDX_FILES, SOURCES
 from rmtdamp.demo._data import DataError
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")

@@ -10,8 +10,7 @@ import threading
 
 import pytest
 
-from benchmarks.paper._data import fetch
-from benchmarks.paper._sources import IDX_FILES, SOURCES
+from benchmarks.shared.sources import IDX_FILES, SOURCES, fetch
 from rmtdamp.demo._data import DataError
 
 FILES = {f"{name}.gz": gzip.compress(name.encode()) for name in IDX_FILES}

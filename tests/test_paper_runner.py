@@ -8,17 +8,21 @@ import re
 
 import pytest
 
-from benchmarks.paper import _page
+from benchmarks.paper import _experiment, _page
 from benchmarks.paper.__main__ import chosen
 from benchmarks.paper._experiment import (
+    RESULTS,
     Conclusion,
     Experiment,
     carry_out,
-    cell,
-    difference,
     path_of,
+    record_of,
+    texts,
 )
-from benchmarks.paper._runs import (
+from benchmarks.paper.experiments import EXPERIMENTS
+from benchmarks.shared.checks import cell, difference
+from benchmarks.shared.figures import Line, curves
+from benchmarks.shared.runs import (
     Run,
     finished,
     load,
@@ -26,7 +30,6 @@ from benchmarks.paper._runs import (
     perform,
     save,
 )
-from benchmarks.paper.experiments import EXPERIMENTS
 
 FOLDER = pathlib.Path("unused")
 VERDICTS = {"reproduced", "partly", "not reproduced"}
@@ -102,36 +105,70 @@ def test_a_result_that_would_hide_its_config_is_refused(tmp_path):
     assert not runs_path(hiding, tmp_path).exists()
 
 
-def squares(function):
-    conclude = lambda rows: Conclusion(
-        table=[{"seed": r["seed"], "square": r["square"]} for r in rows],
-        findings={"largest": max(r["square"] for r in rows), "none": math.nan},
-        verdict="partly",
-        remark="Squares.",
-    )
+TEXT = """\
+# {four}
+
+Four *squares*.
+
+# squares
+
+## Claim
+
+Squares
+grow
+
+## The paper
+
+- **said: how**: nothing
+- **largest**: [1, 2.5]
+
+## How (small scale)
+
+{four} And
+no more.
+
+## What came out
+
+Squares.
+"""
+
+
+@pytest.fixture
+def squares(tmp_path, monkeypatch):
+    """An experiment with its words in a file."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "some.md").write_text(TEXT)
+    monkeypatch.setattr(_experiment, "texts", lambda: texts(folder))
+    function = counting()[0]
     return Experiment(
         name="squares",
-        claim="Squares grow",
-        paper={"said": "nothing"},
-        protocol={"small": "Four."},
         runs=lambda scale: runs_of(function),
-        conclude=conclude,
-        draw=lambda figure, rows: figure.subplots().plot([r["square"] for r in rows]),
+        conclude=lambda rows: Conclusion(
+            table=[{"seed": r["seed"], "square": r["square"]} for r in rows],
+            findings={"largest": max(r["square"] for r in rows), "none": math.nan},
+            checks=[True, False],
+        ),
+        draw=lambda rows: [curves([Line("squares", range(4), range(4))])],
     )
 
 
-def test_an_experiment_writes_its_record_and_picture(tmp_path):
-    experiment = squares(counting()[0])
-    carry_out(experiment, "small", FOLDER, tmp_path)
-    path = path_of(experiment, "small", tmp_path)
+def test_an_experiment_writes_its_record_and_picture(tmp_path, squares):
+    carry_out(squares, "small", FOLDER, tmp_path)
+    path = path_of(squares, "small", tmp_path)
     record = json.loads(path.read_text())
+    assert record["claim"] == "Squares grow"
+    assert record["paper"] == {"said: how": "nothing", "largest": [1, 2.5]}
+    assert record["protocol"] == "Four *squares*. And no more."
+    assert record["remark"] == "Squares."
     assert record["seeds"] == 4
     assert record["measured"]["largest"] == 36
     assert record["measured"]["none"] is None  # JSON has no NaN
+    assert record["verdict"] == "partly"
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.part"))
     with pytest.raises(ValueError, match=r"squares has no scale 'full': it has small"):
-        carry_out(experiment, "full", FOLDER, tmp_path)
+        carry_out(squares, "full", FOLDER, tmp_path)
 
 
 def test_experiments_are_chosen_by_name_by_a_beginning_or_all():
@@ -151,7 +188,7 @@ def test_cells_and_paired_differences():
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_configurations_are_json_and_have_seeds(name):
-    for scale in EXPERIMENTS[name].protocol:
+    for scale in EXPERIMENTS[name].text.protocol:
         for run in EXPERIMENTS[name].runs(scale):
             assert json.loads(run.key) == run.config
             assert isinstance(run.config["seed"], int)
@@ -169,13 +206,10 @@ def test_the_page_is_up_to_date():
 
 @pytest.mark.parametrize(("path", "record"), RECORDS, ids=[p.stem for p, _ in RECORDS])
 def test_records_are_whole_and_come_from_runs_that_are_there(path, record):
-    assert {"experiment", "claim", "paper", "measured", "seeds", "scale"} <= set(record)
     assert record["verdict"] in VERDICTS
     assert path.with_suffix(".png").exists()
-    experiment = EXPERIMENTS[record["experiment"]]
-    rows = finished(experiment.runs(record["scale"]))
+    experiment, scale = EXPERIMENTS[record["experiment"]], record["scale"]
+    rows = finished(experiment.runs(scale), RESULTS)
     assert len(rows) == record["runs"]
-    conclusion = experiment.conclude(rows)
-    assert conclusion.verdict == record["verdict"]
-    assert conclusion.remark == record["remark"]
+    assert record == json.loads(json.dumps(record_of(experiment, scale, rows)))
     assert not re.search(r"\bnan\b|\binf\b", record["remark"])

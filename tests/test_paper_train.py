@@ -9,8 +9,10 @@ import optax
 import pytest
 
 from benchmarks.paper import _train
-from benchmarks.paper._convolution import conv_general_dilated
-from benchmarks.paper._data import Dataset
+from benchmarks.shared import training
+from benchmarks.shared.data import Dataset
+from benchmarks.shared.models import conv_general_dilated
+from benchmarks.shared.optimizers import Method, Network, Numbers, transformation
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -25,17 +27,16 @@ def tiny(monkeypatch):
     images = rng.integers(0, 120, (64, 8, 8, 1)) + 100 * labels[:, None, None, None]
     part = images.astype(np.uint8), labels
     data = Dataset("tiny", part, part, 2)
-    monkeypatch.setattr(_train, "load", lambda name, folder, coarse: data)
-    _train.data_of.cache_clear()
+    monkeypatch.setattr(training, "load", lambda name, folder, coarse: data)
+    training.data_of.cache_clear()
     yield pathlib.Path("unused")
-    _train.data_of.cache_clear()
+    training.data_of.cache_clear()
 
 
 def run(folder, method, **changes):
     settings = {"learning_rate": 0.1, "damping": 1e-2, "epochs": 3, "batch_size": 32}
     settings |= {"seed": 0, "task": TASK, "method": method, **changes}
-    row = _train.train(folder, **settings)
-    return {k: v for k, v in row.items() if k != "seconds"}
+    return _train.train(folder, **settings)
 
 
 def test_the_same_run_gives_the_same_numbers(tiny):
@@ -99,15 +100,15 @@ def test_the_small_convolution_is_xlas(size):
 
 
 def test_numbers_may_be_traced():
-    numbers = _train.Numbers(0.1, 1e-2, 0.0, 10)
-    network = _train.Network(None, lambda params, batch: 0.0, None)
+    numbers = Numbers(0.1, 1e-2, 10)
+    network = Network(None, lambda params, batch: 0.0)
 
     @jax.jit
     def step(numbers, params):
-        tx = _train.transformation(_train.Method("adam"), numbers, network)
+        tx = transformation(Method("adam"), numbers, network)
         return tx.update(params, tx.init(params), params)[0]
 
-    eager = _train.transformation(_train.Method("adam"), numbers, network)
+    eager = transformation(Method("adam"), numbers, network)
     params = jnp.ones(3)
     expected = eager.update(params, eager.init(params), params)[0]
     np.testing.assert_allclose(step(numbers, params), expected, rtol=1e-6)

@@ -15,11 +15,14 @@ import argparse
 import pathlib
 import sys
 
+from benchmarks.shared.sources import fetch
 from rmtdamp.demo._data import DataError
 
 from . import _page
 from ._experiment import carry_out
 from .experiments import EXPERIMENTS
+
+DATA = ("mnist", "fashion-mnist", "cifar-100", "tinyshakespeare")
 
 
 def chosen(wanted: list[str]) -> list[str]:
@@ -54,7 +57,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.names == ["list"]:
         for experiment in EXPERIMENTS.values():
-            print(f"{experiment.name:18} {experiment.claim}")
+            print(f"{experiment.name:18} {experiment.text.claim}")
         return 0
     if args.names == ["page"]:
         _page.write_page()
@@ -63,23 +66,21 @@ def main() -> int:
         names = chosen(args.names)
     except ValueError as failure:
         parser.error(str(failure))
-    if args.download:
-        from ._data import fetch
-
-        for source in ("mnist", "fashion-mnist", "cifar-100", "tinyshakespeare"):
+    try:
+        for source in DATA if args.download else ():
             fetch(source, args.data)
-    for name in names:
-        experiment = EXPERIMENTS[name]
-        scale = args.scale or next(iter(experiment.protocol))
-        if scale not in experiment.protocol:
-            print(f"{name}: has no scale {scale}, skipped", file=sys.stderr)
-            continue
-        try:
-            conclusion = carry_out(experiment, scale, args.data)
-        except DataError as failure:
-            print(f"{name}: {failure}", file=sys.stderr)
-            return 1
-        print(f"{name} ({scale}): {conclusion.verdict}. {conclusion.remark}")
+        for name in names:
+            experiment = EXPERIMENTS[name]
+            protocols = experiment.text.protocol
+            scale = args.scale or next(iter(protocols))
+            if scale not in protocols:
+                print(f"{name}: has no scale {scale}, skipped", file=sys.stderr)
+                continue
+            record = carry_out(experiment, scale, args.data)
+            print(f"{name} ({scale}): {record['verdict']}. {record['remark']}")
+    except DataError as failure:
+        print(failure, file=sys.stderr)
+        return 1
     return 0
 
 

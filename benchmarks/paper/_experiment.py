@@ -1,19 +1,19 @@
 """A claim of the paper, the runs that test it, and what to conclude from them."""
 
+import functools
 import json
 import math
 import pathlib
-import statistics
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
-
+from benchmarks.shared.figures import Panel, save_figure
+from benchmarks.shared.runs import Row, Run, perform
 from rmtdamp.demo._report import write
 
-from ._runs import RESULTS, Row, Run, perform
-
+HERE = pathlib.Path(__file__).parent
+RESULTS, TEXTS = HERE / "results", HERE / "texts"
 Scale = Literal["small", "full"]
 Verdict = Literal["reproduced", "partly", "not reproduced"]
 
@@ -23,27 +23,88 @@ class Conclusion(NamedTuple):
 
     table: list[Row]  # rows of one picture or table, numbers or "mean ± error"
     findings: Row  # the few numbers that the verdict rests on
-    verdict: Verdict
-    remark: str  # why that verdict, and what else a reader should know
+    checks: Sequence[bool]  # the parts of the claim
 
 
 class Experiment(NamedTuple):
-    """One figure or table of the paper."""
+    """One figure or table of the paper; its words are in `texts`."""
 
     name: str
-    claim: str  # in our words
-    paper: Row  # the paper's own figures
-    protocol: dict[Scale, str]  # what is run; at "small", how it is reduced
     runs: Callable[[Scale], list[Run]]
     conclude: Callable[[list[Row]], Conclusion]
-    draw: Callable[[Figure, list[Row]], None]
+    draw: Callable[[list[Row]], list[Panel]]
+
+    @property
+    def text(self) -> "Text":
+        """What is said about it, by hand."""
+        return texts()[self.name]
+
+
+class Text(NamedTuple):
+    """An experiment's entry in `texts`: Markdown, written by hand."""
+
+    claim: str
+    paper: Row  # the paper's own figures
+    protocol: dict[str, str]  # by scale: what is run; at "small", how it is reduced
+    remark: str  # why that verdict, and what else a reader should know
+
+
+@functools.cache
+def texts(folder: pathlib.Path = TEXTS) -> dict[str, Text]:
+    """All entries by name.
+
+    A file has one heading per experiment, `# name`, with the sections Claim, The paper
+    (a list of `- **what**: figure`), How (at a scale) and What came out. A heading in
+    braces names words that stand wherever these braces are repeated.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.md")):
+        entries = _sections(path.read_text(), "# ")
+        shared = {
+            name: body.strip() for name, body in entries.items() if name[0] == "{"
+        }
+        for name, body in entries.items():
+            for token, words in shared.items():
+                body = body.replace(token, words)
+            parts = _sections(body, "## ")
+            if name not in shared:
+                found[name] = Text(
+                    claim=_flat(parts["Claim"]),
+                    paper=dict(map(_figure, parts["The paper"].split("\n- ")[1:])),
+                    protocol={
+                        scale: _flat(parts[f"How ({scale} scale)"])
+                        for scale in ("small", "full")
+                        if f"How ({scale} scale)" in parts
+                    },
+                    remark=_flat(parts["What came out"]),
+                )
+    return found
+
+
+def _sections(text: str, mark: str) -> dict[str, str]:
+    """Heading -> what stands below it."""
+    _, *parts = re.split(rf"^{mark}(.+)\n", text, flags=re.MULTILINE)
+    return dict(zip(parts[::2], ("\n" + x for x in parts[1::2]), strict=True))
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _figure(item: str) -> tuple[str, Any]:
+    """`**what**: figure`, the figure a JSON value or words."""
+    name, value = re.match(r"\*\*(.+?)\*\*: (.+)", _flat(item)).groups()
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def path_of(
-    experiment: Experiment, scale: Scale, results: pathlib.Path = RESULTS
+    experiment: Experiment, scale: str, results: pathlib.Path = RESULTS
 ) -> pathlib.Path:
     """The JSON file; the PNG lies beside it. The first scale has the plain name."""
-    first = next(iter(experiment.protocol))
+    first = next(iter(experiment.text.protocol))
     suffix = "" if scale == first else f"_{scale}"
     return results / f"{experiment.name}{suffix}.json"
 
@@ -53,36 +114,40 @@ def carry_out(
     scale: Scale,
     folder: pathlib.Path,
     results: pathlib.Path = RESULTS,
-) -> Conclusion:
-    """Make the runs that are missing, then write the JSON and the PNG."""
-    if scale not in experiment.protocol:
+) -> Row:
+    """Make the runs that are missing, then write the record and its picture."""
+    text = experiment.text
+    if scale not in text.protocol:
         raise ValueError(
             f"{experiment.name} has no scale {scale!r}: it has "
-            f"{', '.join(experiment.protocol)}"
+            f"{', '.join(text.protocol)}"
         )
     rows = perform(experiment.name, experiment.runs(scale), folder, results)
-    conclusion = experiment.conclude(rows)
+    record = record_of(experiment, scale, rows)
+    path = path_of(experiment, scale, results)
+    words = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
+    write(path, words + "\n")
+    save_figure(path.with_suffix(".png"), experiment.draw(rows))
+    return record
+
+
+def record_of(experiment: Experiment, scale: Scale, rows: list[Row]) -> Row:
+    """What is kept of an experiment: its words and what its runs say."""
+    text, (table, findings, checks) = experiment.text, experiment.conclude(rows)
     record = {
         "experiment": experiment.name,
-        "claim": experiment.claim,
-        "paper": experiment.paper,
-        "measured": {**conclusion.findings, "table": conclusion.table},
+        "claim": text.claim,
+        "paper": text.paper,
+        "measured": {**findings, "table": table},
         "seeds": len({row["seed"] for row in rows}),
         "scale": scale,
-        "verdict": conclusion.verdict,
-        "remark": conclusion.remark,
-        "protocol": experiment.protocol[scale],
+        "verdict": verdict_of(checks),
+        "remark": text.remark,
+        "protocol": text.protocol[scale],
         "runs": len(rows),
         "minutes": round(sum(row["seconds"] for row in rows) / 60, 1),
     }
-    path = path_of(experiment, scale, results)
-    text = json.dumps(_finite(record), indent=1, ensure_ascii=False, allow_nan=False)
-    write(path, text + "\n")
-    figure = plt.figure(figsize=(9, 4.2), layout="constrained")
-    experiment.draw(figure, rows)
-    figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
-    plt.close(figure)
-    return conclusion
+    return _finite(record)
 
 
 def _finite(value: Any) -> Any:
@@ -94,56 +159,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def select(rows: Sequence[Row], **wanted: Any) -> list[Row]:
-    """The rows whose config holds these values."""
-    return [r for r in rows if all(r[k] == v for k, v in wanted.items())]
-
-
-def groups(rows: Sequence[Row], *names: str) -> dict[tuple, list[Row]]:
-    """Rows by the values of some fields, in the order in which they come."""
-    found: dict[tuple, list[Row]] = {}
-    for row in rows:
-        found.setdefault(tuple(row[n] for n in names), []).append(row)
-    return found
-
-
-def mean(values: Sequence[float]) -> float:
-    """The mean over seeds; infinite if one run diverged."""
-    return statistics.fmean(x if math.isfinite(x) else math.inf for x in values)
-
-
-def error(values: Sequence[float]) -> float:
-    """The standard error of that mean; NaN with one seed or a diverged run."""
-    if len(values) < 2 or not all(map(math.isfinite, values)):
-        return math.nan
-    return statistics.stdev(values) / len(values) ** 0.5
-
-
-def cell(values: Sequence[float], digits: int = 3) -> str:
-    """Mean ± standard error over seeds; runs that diverged are counted."""
-    good = [x for x in values if math.isfinite(x)]
-    lost = len(values) - len(good)
-    parts = [f"{mean(good):.{digits}f}"] if good else []
-    if len(good) > 1:
-        parts = [f"{parts[0]} ± {error(good):.{digits}f}"]
-    if lost:
-        parts.append(f"{lost} of {len(values)} diverged")
-    return ", ".join(parts)
-
-
 def verdict_of(checks: Sequence[bool]) -> Verdict:
     """All of what was claimed, some of it, or nothing."""
     return (
         "reproduced" if all(checks) else "partly" if any(checks) else "not reproduced"
     )
-
-
-def signed(change: tuple[float, float]) -> str:
-    """A difference and its standard error."""
-    return f"{change[0]:+.2f} ± {change[1]:.2f}"
-
-
-def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error of the paired differences over seeds."""
-    paired = [a - b for a, b in zip(ours, theirs, strict=True)]
-    return mean(paired), error(paired)

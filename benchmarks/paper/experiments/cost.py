@@ -1,29 +1,34 @@
 """Section 7.1: what learning the damping costs, and whether cheaper estimates do."""
 
+import functools
+import math
+import pathlib
+
+import jax
 import numpy as np
 
-from benchmarks._timing import compare
-from benchmarks.paper._experiment import (
-    Conclusion,
-    Experiment,
-    cell,
-    difference,
-    error,
-    groups,
-    mean,
-    verdict_of,
-)
-from benchmarks.paper._runs import Run
+from benchmarks.paper._experiment import Conclusion, Experiment
 from benchmarks.paper._train import train
-from benchmarks.paper.experiments import _grid
-from benchmarks.paper.experiments._cost_runs import (
-    BATCH_SIZE,
-    NUM_SCANNED,
-    NUM_STEPS,
-    agreement,
-    epoch_time,
+from benchmarks.shared.checks import cell, difference, error, groups, mean
+from benchmarks.shared.figures import Line, bars, curves
+from benchmarks.shared.optimizers import (
+    Method,
+    Numbers,
+    learner_of,
+    refresh_damping,
+    refresh_factors,
+    transformation,
 )
+from benchmarks.shared.runs import Row, Run
+from benchmarks.shared.timing import compare, rotate
+from benchmarks.shared.training import Task, data_of, fit, prepare, stepped
+from rmtdamp import hessian
 
+from . import _vgg
+
+BATCH_SIZE = 128
+NUM_SCANNED = 78  # batches of 128 out of 10,000 examples
+NUM_STEPS = 10  # of one timed loop
 FLOOR, RATE = 1e-2, 1e-3
 GAPS = (10, 100)
 EPOCHS = (0, 1, 5, 15)  # at which the estimates are compared
@@ -34,43 +39,125 @@ KINDS = {"own": "own microbatches", "scan": "scan of 9,984"}
 TWICE, SAME, NEAR = 2.2, 0.01, 1.25  # what the verdict takes for equal
 
 
+def epoch_time(
+    folder: pathlib.Path, *, task: Row, batches_per_call: int, rounds: int, seed: int
+) -> Row:
+    """Seconds of an epoch's pieces, in turn, so that a drifting machine cancels.
+
+    The scan is timed on `batches_per_call` of its 78 batches.
+    """
+    (data, _), network, params, loss_args, _ = prepare(folder, Task(**task), seed, True)
+    batch = tuple(x[:BATCH_SIZE] for x in data)
+    sample = tuple(x[: batches_per_call * BATCH_SIZE] for x in data)
+    # A rate of nearly 0: it is one batch over and over.
+    numbers = Numbers(1e-9, 1e-2, 1)
+    method = lambda name, learned=False: Method(name, "constant", learned)
+    learner = functools.partial(learner_of, method("adam", True), numbers, network)
+
+    def carry_of(method):
+        tx = transformation(method, numbers, network, in_step=False)
+        return params, loss_args, tx.init(params)
+
+    def steps(method):
+        carry = carry_of(method)
+
+        def run():
+            nonlocal carry
+            for _ in range(NUM_STEPS):
+                carry = stepped(method, network, numbers, carry, batch)
+            jax.block_until_ready(carry)
+
+        return run
+
+    def refresh(learner, sample=None):
+        opt_state, given = (
+            carry_of(method("adam", True))[2],
+            {"curvature_batch": sample},
+        )
+        return lambda: jax.block_until_ready(
+            refresh_damping(opt_state, learner, params, batch, loss_args, **given)
+        )
+
+    def factors(eigen):
+        opt_state = carry_of(method("kfac"))[2]
+        return lambda: jax.block_until_ready(
+            refresh_factors(network, opt_state, params, batch, loss_args, eigen=eigen)
+        )
+
+    own, learned = refresh(learner()), steps(method("adam", True))
+    calls = {
+        "adam": steps(method("adam")),
+        "kfac": steps(method("kfac")),
+        "factors": factors(False),
+        "eigenvectors": factors(True),
+        "own": own,
+        "scan": refresh(learner(num_microbatches=batches_per_call), sample),
+        "adam, own": lambda: (own(), learned()),
+    }
+    for call in calls.values():
+        call()
+    times = rotate(calls, rounds, "pieces of an epoch")
+    num_parameters = sum(x.size for x in jax.tree.leaves(params))
+    times = {name: [float(f"{x:.4g}") for x in found] for name, found in times.items()}
+    return {"times": times, "num_parameters": num_parameters}
+
+
+def agreement(
+    folder: pathlib.Path, *, task: Row, epochs, num_batches, num_probes, seed
+) -> Row:
+    """The variance after some epochs: by batches' own microbatches, and by a scan.
+
+    A probe for each batch, `num_probes` for the scan.
+    """
+    method, numbers = (
+        Method("adam", "constant"),
+        {"learning_rate": 1e-3, "damping": 1e-4},
+    )
+    done = fit(folder, Task(**task), method, **numbers, epochs=epochs, seed=seed)
+    (data, _), _ = data_of(folder, Task(**task))
+    rng = np.random.default_rng(seed)
+    keys = jax.random.split(jax.random.key(seed), num_batches + 1)
+
+    def measure(key, size, **options):
+        rows = rng.permutation(len(data[1]))[:size]
+        batch = tuple(x[rows] for x in data)
+        options |= {"loss_args": done.loss_args, "batch_size": BATCH_SIZE}
+        return hessian.moments(done.network.loss_fn, done.params, batch, key, **options)
+
+    options = {"num_microbatches": 8, "stderr": False}
+    own = [float(measure(k, BATCH_SIZE, **options).variance) for k in keys[1:]]
+    options = {"num_microbatches": NUM_SCANNED, "num_probes": num_probes}
+    scan = measure(keys[0], NUM_SCANNED * BATCH_SIZE, **options)
+    return {
+        "own": own,
+        "scan": float(scan.variance),
+        "scan_error": float(scan.variance_stderr),
+    }
+
+
 def _runs(scale):
-    del scale
     mlp = MLP | {"num_train": 10_000}
     timed = [
         Run(epoch_time, {"task": task, "batches_per_call": n, "rounds": 15, "seed": 0})
-        for task, n in ((mlp, NUM_SCANNED), (_grid.SMALL, 3))
+        for task, n in ((mlp, NUM_SCANNED), (_vgg.SMALL, 3))
     ]
+    sizes = {"num_batches": 16, "num_probes": 16}
     compared = [
-        Run(
-            agreement,
-            {
-                "task": mlp,
-                "epochs": n,
-                "num_batches": 16,
-                "num_probes": 16,
-                "seed": seed,
-            },
-        )
+        Run(agreement, {"task": mlp, "epochs": n, "seed": seed, **sizes})
         for seed in SEEDS
         for n in EPOCHS
     ]
-    trained = [
-        Run(
-            train,
-            {
-                "task": MLP | {"num_train": 5000},
-                "method": {"optimizer": optimizer, "learned": True, "every": gap},
-                "learning_rate": RATE,
-                "damping": FLOOR,
-                "epochs": 15,
-                "batch_size": BATCH_SIZE,
-                "seed": seed,
-            },
-        )
-        for seed in SEEDS
+    common = {"task": MLP | {"num_train": 5000}, "learning_rate": RATE}
+    common |= {"damping": FLOOR, "epochs": 15, "batch_size": BATCH_SIZE}
+    methods = [
+        {"optimizer": optimizer, "learned": True, "every": gap}
         for optimizer in NAMES
         for gap in GAPS
+    ]
+    trained = [
+        Run(train, {**common, "method": method, "seed": seed})
+        for seed in SEEDS
+        for method in methods
     ]
     return timed + compared + trained
 
@@ -94,7 +181,7 @@ def _name(row):
     return "MLP" if row["task"]["model"] == "mlp" else "VGG-16, narrow"
 
 
-def _ratios(timed):
+def ratios_of(timed):
     """{(model, optimizer, kind, gap): `compare` of an epoch with and without}."""
     found = {}
     for row in timed:
@@ -110,18 +197,17 @@ def _ratios(timed):
 
 def _table(timed, ratios):
     shown = lambda r: f"{r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f})"
+    cells = lambda *case: {
+        f"time, {KINDS[kind]}, gap {gap}": shown(ratios[*case, kind, gap])
+        for kind in KINDS
+        for gap in GAPS
+    }
     return [
         {
             "model": _name(row),
             "optimiser": NAMES[optimizer],
             "s per 100 steps": float(np.median(_hundred_steps(row, optimizer))),
-            **{
-                f"time, {KINDS[kind]}, gap {gap}": shown(
-                    ratios[_name(row), optimizer, kind, gap]
-                )
-                for kind in KINDS
-                for gap in GAPS
-            },
+            **cells(_name(row), optimizer),
         }
         for row in timed
         for optimizer in NAMES
@@ -156,18 +242,22 @@ def _compared(compared):
 
 
 def _gaps(trained):
-    """{(optimizer, name): (values at gap 10, at gap 100, are they the same?)}."""
-    found = {}
-    for optimizer in NAMES:
-        of = [r for r in trained if r["method"]["optimizer"] == optimizer]
-        for name in ("train_loss", "test_loss", "damping_curve"):
-            short, long = (
-                [r[name][-1] for r in of if r["method"]["every"] == gap] for gap in GAPS
-            )
-            off, its_error = difference(short, long)
-            same = abs(off) <= max(2 * its_error, SAME * mean(long))
-            found[optimizer, name] = short, long, same
-    return found
+    """{(optimizer, name): the values at gap 10, at gap 100}."""
+    ends = lambda optimizer, gap, name: [
+        r[name][-1]
+        for r in trained
+        if (r["method"]["optimizer"], r["method"]["every"]) == (optimizer, gap)
+    ]
+    return {
+        (optimizer, name): [ends(optimizer, gap, name) for gap in GAPS]
+        for optimizer in NAMES
+        for name in ("train_loss", "test_loss", "damping_curve")
+    }
+
+
+def _same(short, long):
+    off, its_error = difference(short, long)
+    return abs(off) <= max(2 * its_error, SAME * mean(long))
 
 
 def _parts(rows):
@@ -176,137 +266,70 @@ def _parts(rows):
 
 def _conclude(rows):
     timed, compared, trained = _parts(rows)
-    ratios, gaps, scores = _ratios(timed), _gaps(trained), _scores(compared)
-
-    def span(kind, gap):
-        values = [ratios[k]["ratio"] for k in ratios if k[2:] == (kind, gap)]
-        return [min(values), max(values)]
-
+    ratios, gaps, scores = ratios_of(timed), _gaps(trained), _scores(compared)
     rms = float(np.sqrt(np.mean([s[3] ** 2 for s in scores])))
     factor = float(np.exp(np.mean([np.log(s[0] / s[2]) for s in scores])))
-    agree = rms <= 2 and 1 / NEAR <= factor <= NEAR
-    unlike = [
-        f"{NAMES[optimizer]}'s {name.replace('_', ' ')}"
-        for (optimizer, name), (_, _, same) in gaps.items()
-        if name != "damping_curve" and not same
-    ]
     # The paper's own case is KFAC.
-    doubled = max(
-        r["ratio"] for k, r in ratios.items() if k[1:] == ("kfac", "scan", 100)
-    )
-    checks = [doubled <= TWICE, not unlike, agree]
-    verdict = verdict_of(checks)
-    added = lambda times: np.array(times["adam, own"]) - np.array(times["adam"])
-    pair = lambda ours, theirs: "{:+.4f} ± {:.4f}".format(*difference(ours, theirs))
-    findings = {
-        f"time of an epoch, {KINDS[kind]}, gap {gap}, over without (least, largest)": (
-            span(kind, gap)
-        )
-        for kind in KINDS
-        for gap in GAPS
-    }
-    findings |= {
-        "a refresh within ten steps over one by itself": [
-            f"{_name(row)}: "
-            f"{np.median(added(row['times']) / np.array(row['times']['own'])):.2f}"
-            for row in timed
-        ]
-    }
-    findings |= {
-        f"{NAMES[optimizer]}, {name.replace('_', ' ')} at gap 10, at 100, difference": [
+    doubled = [r["ratio"] for k, r in ratios.items() if k[1:] == ("kfac", "scan", 100)]
+    checks = [
+        bool(max(doubled) <= TWICE),
+        all(bool(_same(*v)) for k, v in gaps.items() if k[1] != "damping_curve"),
+        rms <= 2 and 1 / NEAR <= factor <= NEAR,
+    ]
+    findings = {}
+    for kind in KINDS:
+        for gap in GAPS:
+            found = [r["ratio"] for k, r in ratios.items() if k[2:] == (kind, gap)]
+            what = f"time of an epoch, {KINDS[kind]}, gap {gap}, over without"
+            findings[f"{what} (least, largest)"] = [min(found), max(found)]
+    added = lambda t: np.subtract(t["adam, own"], t["adam"]) / t["own"]
+    findings["a refresh within ten steps over one by itself"] = [
+        f"{_name(row)}: {np.median(added(row['times'])):.2f}" for row in timed
+    ]
+    for (optimizer, name), (short, long) in gaps.items():
+        what = f"{NAMES[optimizer]}, {name.replace('_', ' ')}"
+        change = "{:+.4f} ± {:.4f}".format(*difference(short, long))
+        findings[f"{what} at gap 10, at 100, difference"] = [
             cell(short, 4),
             cell(long, 4),
-            pair(short, long),
+            change,
         ]
-        for (optimizer, name), (short, long, _) in gaps.items()
-    }
     findings |= _compared(compared)
     findings |= {"own over scan, mean": factor, "root mean square of z": rms}
-    between = lambda kind, gap: "{:.2f} to {:.2f}".format(*span(kind, gap))
-    remark = (
-        "With the paper's scan at gap 100 an epoch takes "
-        f"{between('scan', 100)} times as long (KFAC, as in the paper: up to "
-        f"{doubled:.2f}), with the batch's own microbatches "
-        f"{between('own', 100)} times, and {between('own', 10)} times at gap 10 "
-        f"(the scan: {between('scan', 10)}). Gaps 10 and 100 give the same final "
-        "losses "
-        + (f"but for {' and '.join(unlike)}" if unlike else "for both optimisers")
-        + f". The two estimates of the variance {'agree' if agree else 'differ'}: own "
-        f"over scan {factor:.2f}, root mean square of z {rms:.1f} over {len(scores)} "
-        f"comparisons, at one {NUM_SCANNED}th of the examples."
-    )
-    return Conclusion(_table(timed, ratios), findings, verdict, remark)
+    return Conclusion(_table(timed, ratios), findings, checks)
 
 
-def _draw(figure, rows):
+def _draw(rows):
     timed, compared, trained = _parts(rows)
-    ratios = _ratios(timed)
-    left, middle, right = figure.subplots(1, 3, width_ratios=(4, 3, 3))
-    cases = list(dict.fromkeys(key[:2] for key in ratios))
-    bars = [(kind, gap) for kind in KINDS for gap in reversed(GAPS)]
-    for j, (kind, gap) in enumerate(bars):
-        heights = [ratios[*case, kind, gap]["ratio"] for case in cases]
-        places = np.arange(len(cases)) + 0.2 * (j - 1.5)
-        left.bar(places, heights, 0.2, label=f"{KINDS[kind]}, gap {gap}")
-    names = [f"{model.split(',')[0]}\n{NAMES[optimizer]}" for model, optimizer in cases]
-    left.set_xticks(range(len(cases)), names)
-    left.axhline(2, color="k", ls=":", lw=1)
-    left.set(yscale="log", title="time of an epoch / without", ylim=(0.9, 100))
-    left.legend(fontsize=7, loc="upper right")
-    for i, row in enumerate(compared):
-        own, spread, scan, _ = _scores([row])[0]
-        x = EPOCHS.index(row["epochs"]) + 0.2 * (row["seed"] - 1)
-        for place, value, its_error, label in (
-            (x - 0.04, own, spread, "own, 16 batches"),
-            (x + 0.04, scan, row["scan_error"], KINDS["scan"]),
-        ):
-            color, name = ("C0" if value is own else "C3"), None if i else label
-            middle.errorbar(
-                place, value, its_error, fmt="o", color=color, ms=3, label=name
-            )
-    middle.set_xticks(range(len(EPOCHS)), EPOCHS)
-    middle.set(yscale="log", xlabel="epoch", title="variance (eq. 15), MLP")
-    middle.legend(fontsize=7)
-    runs = groups([r | r["method"] for r in trained], "optimizer", "every")
-    for (optimizer, gap), found in runs.items():
-        curve = np.mean([r["test_loss"] for r in found], axis=0)
-        color = f"C{list(NAMES).index(optimizer)}"
-        style = "-" if gap == GAPS[0] else "--"
-        label = f"{NAMES[optimizer]}, gap {gap}"
-        right.plot(found[0]["epoch"], curve, style, color=color, label=label)
-    right.set(xlabel="epoch", title="test loss, MLP")
-    right.legend(fontsize=7)
+    times: Row = {}
+    for (model, optimizer, kind, gap), r in ratios_of(timed).items():
+        category = f"{model.split(',')[0]}\n{NAMES[optimizer]}"
+        of = times.setdefault(f"{KINDS[kind]}, gap {gap}", {})
+        of[category] = r["ratio"], (r["high"] - r["low"]) / 3.92
+    variances: Row = {}
+    for (epochs,), of in groups(compared, "epochs").items():
+        for i, name in ((0, "own, 16 batches"), (2, KINDS["scan"])):
+            values = [s[i] for s in _scores(of)]
+            found = variances.setdefault(name, {})
+            found[f"{epochs}"] = mean(values), error(values)
+    lines = [
+        Line(
+            f"{NAMES[m['optimizer']]}, gap {m['every']}",
+            found[0]["epoch"],
+            np.mean([r["test_loss"] for r in found], axis=0),
+        )
+        for found in groups(
+            [r | {"key": str(r["method"])} for r in trained], "key"
+        ).values()
+        for m in [found[0]["method"]]
+    ]
+    over = {"yscale": "log", "title": "time of an epoch / without"}
+    axes = {"yscale": "log", "xlabel": "epoch", "title": "variance (eq. 15), MLP"}
+    return [
+        bars(times, 2.0, **over),
+        bars(variances, math.nan, **axes),
+        curves(lines, xlabel="epoch", title="test loss, MLP"),
+    ]
 
 
-EXPERIMENTS = [
-    Experiment(
-        name="cost",
-        claim="Learning the damping every 100 steps from 10,000 examples in batches of "
-        "128 only doubles an epoch's time, every 10 steps gives identical results, and "
-        "a sub-sample estimates the variance",
-        paper={
-            "time of an epoch": "only doubled (VGG-16, CIFAR-100, KFAC)",
-            "gap of 10 in place of 100": "identical results",
-            "sub-sample": "10,000 examples in batches of 128; similar results are "
-            "expected for S >> B",
-        },
-        protocol={
-            "small": "Time: Adam and KFAC (factors every 10 steps, eigenvectors every "
-            "100), batch 128, on the MLP 784-256-256-10 (P = 269,322, Fashion-MNIST) "
-            "and the narrow VGG-16 of the other experiments. Ten steps, a refresh of "
-            "either kind, of the factors and of the eigenvectors are timed in turn, 15 "
-            "rounds; an epoch is their sum, a figure the median of ratios of "
-            "neighbours with its 95 % interval. The scan has 78 batches of 128; on the "
-            "VGG three of them are timed, for XLA must unroll convolutions on a CPU. "
-            "Agreement: the MLP on 10,000 images under Adam, 16 batches of 128 as "
-            "8 x 16 with a probe each against one scan with 16 probes. Gaps: the MLP "
-            "on 5,000 images, 15 epochs, rate 0.001, floor 0.01. Judged: KFAC's epoch, "
-            "with the scan at gap 100, may take up to 2.2 times as long; losses are "
-            "the same within two standard errors or 1 %; the estimates agree if the "
-            "root mean square of z is at most 2 and their mean ratio within 1.25."
-        },
-        runs=_runs,
-        conclude=_conclude,
-        draw=_draw,
-    )
-]
+EXPERIMENTS = [Experiment("cost", _runs, _conclude, _draw)]

@@ -10,6 +10,12 @@ from typing import NamedTuple
 from rmtdamp.demo._data import DataError
 
 PIXELS = 32 * 32 * 3
+S3 = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+S3_FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+TORONTO = "https://www.cs.toronto.edu/~kriz/"
+KARPATHY = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+)
 
 
 class Source(NamedTuple):
@@ -29,33 +35,34 @@ IDX_FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
+
+
+def _idx(folder, url, *sums) -> Source:
+    md5 = {f"{name}.gz": x for name, x in zip(IDX_FILES, sums, strict=True)}
+    return Source(folder, IDX_FILES, url, md5)
+
+
 SOURCES = {
-    "mnist": Source(
+    "mnist": _idx(
         "mnist",
-        IDX_FILES,
-        "https://ossci-datasets.s3.amazonaws.com/mnist/",
-        {
-            "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-            "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
-            "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
-            "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
-        },
+        S3,
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "d53e105ee54ea40749a09fcbcd1e9432",
+        "9fb629c4189551a2d022fa330f9573f3",
+        "ec29112dd5afa0611ce80d1b7f02629c",
     ),
-    "fashion-mnist": Source(
+    "fashion-mnist": _idx(
         "fashion-mnist",
-        IDX_FILES,
-        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-        {
-            "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-            "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
-            "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
-            "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
-        },
+        S3_FASHION,
+        "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "25c81989df183df01b3e8a0aad5dffbe",
+        "bef4ecab320f06d8554ea6380940ec79",
+        "bb300cfdad3c16e7a12a480ee83cd310",
     ),
     "cifar-10": Source(
         "cifar-10-batches-bin",
         (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"),
-        "https://www.cs.toronto.edu/~kriz/",
+        TORONTO,
         {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"},
         1 + PIXELS,
         (10_000,) * 6,
@@ -63,7 +70,7 @@ SOURCES = {
     "cifar-100": Source(
         "cifar-100-binary",
         ("train.bin", "test.bin"),
-        "https://www.cs.toronto.edu/~kriz/",
+        TORONTO,
         {"cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"},
         2 + PIXELS,
         (50_000, 10_000),
@@ -71,33 +78,21 @@ SOURCES = {
     "tinyshakespeare": Source(
         "tinyshakespeare",
         ("input.txt",),
-        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
-        "tinyshakespeare/",
+        KARPATHY,
         {"input.txt": "6fb458f1232090904fb40fe944165e91"},
     ),
 }
 
 
 def source_of(name: str) -> Source:
-    """The source of a data set.
-
-    Returns:
-        Its entry in `SOURCES`.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The source of a data set; ValueError if there is none of that name."""
     if name not in SOURCES:
         raise ValueError(f"no data set is called {name!r}: {', '.join(SOURCES)}")
     return SOURCES[name]
 
 
 def _unpack(source: Source, archive: pathlib.Path, folder: pathlib.Path) -> None:
-    """Members of a tar into `folder`: each is there whole or not at all.
-
-    Raises:
-        DataError: a member is missing or has another size.
-    """
+    """Members of a tar into `folder`: each is there whole or not at all."""
     # Next to the folder: on the same file system renaming is atomic.
     with (
         tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpack-") as name,
@@ -122,21 +117,11 @@ def _unpack(source: Source, archive: pathlib.Path, folder: pathlib.Path) -> None
 
 
 def fetch(name: str, folder: str | os.PathLike) -> pathlib.Path:
-    """Download a data set, with a progress bar, unless it is there.
+    """Download a data set, with a progress bar, unless it is there: its own folder.
 
     Files are checked against their published md5 sums; what has another sum, or for
     CIFAR another size, is replaced. A file appears under its name when it is whole.
-
-    Args:
-        name: one of `SOURCES`.
-        folder: the data set's folder, or the folder of that; made if need be.
-
-    Returns:
-        The data set's folder.
-
-    Raises:
-        ImportError: pooch is not installed.
-        DataError: the download failed, or is not what is expected.
+    `folder` is the data set's or the one above it, and made if need be.
     """
     source = source_of(name)
     try:
@@ -146,12 +131,9 @@ def fetch(name: str, folder: str | os.PathLike) -> pathlib.Path:
     own = pathlib.Path(folder)
     if own.resolve().name != source.folder:
         own = own / source.folder
+    sizes = [n * source.record for n in source.num_records]
     paths = [own / file for file in source.files]
-    sizes = [count * source.record for count in source.num_records]
-    if sizes and all(
-        path.is_file() and path.stat().st_size == size
-        for path, size in zip(paths, sizes, strict=True)
-    ):
+    if sizes and [p.stat().st_size for p in paths if p.is_file()] == sizes:
         return own
     for file, md5 in source.md5.items():
         url, where = source.url + file, own.parent if sizes else own

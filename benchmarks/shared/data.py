@@ -2,8 +2,8 @@
 
 MNIST, Fashion-MNIST (idx), CIFAR-10, CIFAR-100 (the binary version; nothing is ever
 unpickled) and tinyshakespeare. Every `folder` is either the data set's own or the one
-that has it under its usual name: `DATA/mnist` or `DATA`. `fetch` downloads what is not
-there.
+that has it under its usual name: `DATA/mnist` or `DATA`. A file that is missing,
+truncated, corrupt or another one is a DataError that names it.
 """
 
 import functools
@@ -19,7 +19,7 @@ import numpy as np
 
 from rmtdamp.demo._data import DataError, read_idx
 
-from ._sources import PIXELS, SOURCES, fetch as fetch, source_of
+from .sources import PIXELS, SOURCES, source_of
 
 Split = tuple[np.ndarray, np.ndarray]
 
@@ -34,14 +34,7 @@ class Dataset(NamedTuple):
 
 
 def _find(name: str, folder: str | os.PathLike) -> list[pathlib.Path]:
-    """The paths of the data set's files, each checked to exist.
-
-    Returns:
-        One path for each name in its `Source.files`.
-
-    Raises:
-        DataError: there is no such folder, or a file is missing.
-    """
+    """The paths of the data set's files, each checked to exist."""
     source, folder = source_of(name), pathlib.Path(folder)
     own_name = folder.resolve().name
     way_out = f'fetch("{name}", folder) downloads it'
@@ -70,14 +63,7 @@ def _find(name: str, folder: str | os.PathLike) -> list[pathlib.Path]:
 
 
 def _labelled(path: pathlib.Path, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Labels as int32, none of them out of range.
-
-    Returns:
-        The labels.
-
-    Raises:
-        DataError: a label is too large.
-    """
+    """Labels as int32, none of them out of range."""
     if len(labels) == 0:
         raise DataError(f"{path} is empty: it has no labels; fetch it again")
     worst = int(labels.argmax())
@@ -101,14 +87,7 @@ def _idx_split(images_path: pathlib.Path, labels_path: pathlib.Path) -> Split:
 
 
 def _cifar_file(path: pathlib.Path, sizes: tuple[int, ...], column: int) -> Split:
-    """Records of label bytes, then R, G and B planes -> images and one of the labels.
-
-    Returns:
-        The images, (n, 32, 32, 3), and the labels.
-
-    Raises:
-        DataError: not a whole number of records, or a label out of range.
-    """
+    """Records of label bytes, then R, G, B planes -> images and one of the labels."""
     record = len(sizes) + PIXELS
     try:
         raw = np.frombuffer(path.read_bytes(), np.uint8)
@@ -127,20 +106,7 @@ def _cifar_file(path: pathlib.Path, sizes: tuple[int, ...], column: int) -> Spli
 
 
 def load(name: str, folder: str | os.PathLike, *, coarse: bool = False) -> Dataset:
-    """A data set of images.
-
-    Args:
-        name: "mnist", "fashion-mnist", "cifar-10" or "cifar-100".
-        folder: its folder, or the folder of that.
-        coarse: CIFAR-100's 20 coarse labels in place of the 100 fine ones.
-
-    Returns:
-        Images and labels as they are in the files.
-
-    Raises:
-        DataError: a file is missing, truncated, corrupt or another one.
-        ValueError: an unknown name, or coarse labels of another data set.
-    """
+    """A data set of images; `coarse` takes CIFAR-100's 20 labels, not its 100."""
     if name == "tinyshakespeare":
         raise ValueError("tinyshakespeare has no images: use load_text")
     if coarse and name != "cifar-100":
@@ -165,18 +131,10 @@ def load(name: str, folder: str | os.PathLike, *, coarse: bool = False) -> Datas
 def load_text(
     folder: str | os.PathLike, *, any_text: bool = False
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Tinyshakespeare by characters; the last tenth is for testing.
+    """Tinyshakespeare: tokens to train and, the last tenth, to test; the characters.
 
-    Args:
-        folder: its folder, or the folder of that.
-        any_text: accept another text of that name; a text cut short cannot be told
-            from a whole one but by its checksum.
-
-    Returns:
-        Tokens for training and for testing, int32, and the characters they stand for.
-
-    Raises:
-        DataError: the file is missing, too short, not text, or not tinyshakespeare.
+    `any_text` accepts another text of that name: one that is cut short cannot be told
+    from a whole one but by its checksum.
     """
     (path,) = _find("tinyshakespeare", folder)
     try:
@@ -208,18 +166,7 @@ def take(
 
     Training examples come class by class in turn, the first of each class in the
     file's order; where `num_train` is no multiple of the classes, the first classes
-    have one more.
-
-    Args:
-        dataset: what to take from.
-        num_train: how many training examples; default all, in the file's order.
-        num_test: how many test examples; default all.
-
-    Returns:
-        The subset.
-
-    Raises:
-        ValueError: there are not that many.
+    have one more. None means all of them, in the file's order.
     """
     (images, labels), test = dataset.train, dataset.test
     if num_train is not None:
@@ -261,16 +208,6 @@ def standardise(dataset: Dataset, pool: int = 1) -> tuple[Split, Split]:
     """Means of `pool` x `pool` pixels, with mean 0 and deviation 1 in every channel.
 
     Mean and deviation are the training set's, over its images and pixels.
-
-    Args:
-        dataset: images, uint8.
-        pool: side of the squares that are averaged.
-
-    Returns:
-        Training and test set, images float32.
-
-    Raises:
-        ValueError: the side does not divide the image's, or a channel is constant.
     """
     h, w = dataset.train[0].shape[1:3]
     if pool < 1 or h % pool or w % pool:
@@ -294,16 +231,7 @@ def standardise(dataset: Dataset, pool: int = 1) -> tuple[Split, Split]:
 
 @functools.partial(jax.jit, static_argnames="pad")
 def augment(key: jax.Array, images: jax.Array, pad: int) -> jax.Array:
-    """Shift each image by up to `pad` pixels, zeros coming in; mirror every second.
-
-    Args:
-        key: a JAX key.
-        images: (n, h, w, c).
-        pad: the largest shift, in each direction.
-
-    Returns:
-        Images of the same shape.
-    """
+    """Shift each image by up to `pad` pixels, zeros coming in; mirror every second."""
     n, h, w, c = images.shape
     shift_key, flip_key = jax.random.split(key)
     corners = jax.random.randint(shift_key, (n, 2), 0, 2 * pad + 1, jnp.int32)

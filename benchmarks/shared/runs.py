@@ -9,19 +9,13 @@ numbers, because seeds are part of what is asked for.
 import functools
 import json
 import pathlib
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-)
+import rich.progress
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 Row = dict[str, Any]  # a run's config and its result, side by side
 
 
@@ -81,39 +75,36 @@ def save(path: pathlib.Path, run: Run, result: Row) -> None:
         file.write(line.encode())
 
 
-def finished(runs: Iterable[Run], results: pathlib.Path = RESULTS) -> list[Row]:
+def finished(runs: Iterable[Run], results: pathlib.Path) -> list[Row]:
     """The rows of those runs that are there."""
     known = functools.cache(load)
-    rows = []
-    for run in runs:
-        result = known(path_of(run.function, results)).get(run.key)
-        if result is not None:
-            rows.append({**run.config, **result})
-    return rows
+    found = [(r, known(path_of(r.function, results)).get(r.key)) for r in runs]
+    return [{**run.config, **result} for run, result in found if result is not None]
 
 
 def perform(
-    name: str, runs: list[Run], folder: pathlib.Path, results: pathlib.Path = RESULTS
+    name: str, runs: list[Run], folder: pathlib.Path, results: pathlib.Path
 ) -> list[Row]:
     """Make every run that is not there yet, and return all rows in the order asked."""
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
     )
-    with Progress(*columns) as progress:
-        task = progress.add_task(name, total=len(runs))
-        for run in runs:
+    with rich.progress.Progress(*columns) as progress:
+        for run in progress.track(runs, description=name):
             path = path_of(run.function, results)
             # Read anew each time: another process may be making runs too.
-            if run.key not in load(path):
-                result = run.function(folder, **run.config)
-                if shared := sorted(set(result) & set(run.config)):
-                    raise ValueError(
-                        f"{run.function.__name__} returns {', '.join(shared)}, which "
-                        "its config holds too: give the result another name"
-                    )
-                save(path, run, result)
-            progress.advance(task)
+            if run.key in load(path):
+                continue
+            start = time.perf_counter()
+            result = run.function(folder, **run.config)
+            result.setdefault("seconds", round(time.perf_counter() - start, 1))
+            if shared := sorted(set(result) & set(run.config)):
+                raise ValueError(
+                    f"{run.function.__name__} returns {', '.join(shared)}, which "
+                    "its config holds too: give the result another name"
+                )
+            save(path, run, result)
     return finished(runs, results)

@@ -1,0 +1,269 @@
+"""One training run, for every bench: task, method and numbers -> curves.
+
+    order of the data -> steps -> (evaluate) -> steps -> (evaluate) ...
+
+Between two evaluations the steps are one compiled scan that measures within the step;
+or, with `by_hand`, one compiled call each with the measurements between them, as
+convolutions on a CPU need it. `take_steps` is the scan for benches that put it under
+`vmap`. The seed fixes initial weights, the order of the data and the crops.
+"""
+
+import functools
+import itertools
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import rmtdamp.flax
+from rmtdamp.demo._data import load_digits
+from rmtdamp.demo._train import cross_entropy, scalar
+
+from .data import augment, load, load_text, standardise, take
+from .models import build
+from .optimizers import (
+    Method,
+    Network,
+    Numbers,
+    dampings,
+    refreshed,
+    transformation,
+)
+from .runs import Row, rounded
+
+LENGTH = 64  # of a text's windows
+CURVES = ("train_loss", "train_error", "test_loss", "test_error")
+
+
+class Task(NamedTuple):
+    """A model and its data."""
+
+    dataset: str
+    model: str
+    width: float = 1.0
+    coarse: bool = False
+    num_classes: int | None = None  # the first so many; None: all
+    num_train: int | None = None  # None: all
+    num_test: int | None = None
+    pool: int = 1  # pixels are averaged pool x pool
+    augmented: bool = False
+
+
+@functools.cache
+def data_of(folder: pathlib.Path, task: Task):
+    """((train, test), number of classes): on the device, standardised, with labels."""
+    if task.dataset == "digits":
+        found = load_digits()
+        parts = [(x.reshape(-1, 8, 8, 1), y) for x, y in found[1:3]]
+        return jax.device_put(tuple(parts)), found.num_classes
+    if task.dataset == "tinyshakespeare":
+        *texts, vocabulary = load_text(folder)
+
+        def windows(tokens, num):
+            rows = tokens[: len(tokens) // (LENGTH + 1) * (LENGTH + 1)]
+            rows = rows.reshape(-1, LENGTH + 1)[:num]
+            return rows[:, :-1], rows[:, 1:]
+
+        parts = map(windows, texts, (task.num_train, task.num_test))
+        return jax.device_put(tuple(parts)), len(vocabulary)
+    full = load(task.dataset, folder, coarse=task.coarse)
+    if (num := task.num_classes) is not None:
+        kept = lambda x, y: (x[y < num], y[y < num])
+        full = full._replace(
+            train=kept(*full.train), test=kept(*full.test), num_classes=num
+        )
+    found = take(full, num_train=task.num_train, num_test=task.num_test)
+    return jax.device_put(standardise(found, pool=task.pool)), found.num_classes
+
+
+def model_of(task: Task, num_classes: int, shape, seed: int) -> nnx.Module:
+    """The task's model, fresh."""
+    rngs = nnx.Rngs(seed)
+    return build(
+        task.model, num_classes=num_classes, shape=shape, width=task.width, rngs=rngs
+    )
+
+
+@functools.cache
+def network_of(task: Task, num_classes, shape, with_factors=False, factor=1.0):
+    """The functions of the task's model; `factor` multiplies the loss."""
+    model = model_of(task, num_classes, shape, 0)
+    loss = lambda model, batch: factor * cross_entropy(model(batch[0]), batch[1])
+    factors_fn = None
+    if with_factors:
+        factors_fn = rmtdamp.flax.nnx_factors(model, cross_entropy, fisher="empirical")
+    loss_fn = rmtdamp.flax.curvature_loss(model, loss)
+    return Network(nnx.split(model)[0], loss_fn, factors_fn, factor)
+
+
+def initial(task: Task, num_classes, shape, seed):
+    """(params, loss_args) of a fresh model."""
+    model = model_of(task, num_classes, shape, seed)
+    params, rest = map(nnx.as_pure, nnx.split(model, nnx.Param, ...)[1:])
+    return params, (rest,)
+
+
+def prepare(folder, task: Task, seed: int, with_factors=False, factor=1.0):
+    """((train, test), network, params, loss_args, number of classes)."""
+    parts, num_classes = data_of(folder, task)
+    shape = parts[0][0].shape[1:]
+    network = network_of(task, num_classes, shape, with_factors, factor)
+    return parts, network, *initial(task, num_classes, shape, seed), num_classes
+
+
+def step(network, tx, carry, batch):
+    """(params, loss_args, opt_state), batch -> the same after a step, and the loss."""
+    params, loss_args, opt_state = carry
+
+    def loss(params):
+        if not jax.tree.leaves(loss_args):  # training and evaluation are one
+            return network.loss_fn(params, batch, *loss_args), loss_args
+        model = nnx.merge(network.start, params, *loss_args, copy=True)
+        value = network.factor * cross_entropy(model(batch[0]), batch[1])
+        return value, (nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param))),)
+
+    (value, new), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    updates, opt_state = tx.update(
+        grads, opt_state, params, batch=batch, loss_args=loss_args
+    )
+    return (optax.apply_updates(params, updates), new, opt_state), value
+
+
+def pick(data, rows, key, count, augmented=False):
+    """The batch of these rows; all data where there are none."""
+    if rows.size == 0:
+        return data
+    batch = jax.tree.map(lambda x: x[rows], data)
+    if not augmented:
+        return batch
+    key = jax.random.fold_in(key, count)
+    return augment(key, batch[0], pad=batch[0].shape[1] // 8), batch[1]
+
+
+def take_steps(network, tx, carry, data, rows, key, first=0, augmented=False):
+    """A scan over `rows`, (steps, batch size): the carry at its end, all losses."""
+    batch = lambda at: pick(data, *at[:1], key, at[1], augmented)
+    counts = first + jnp.arange(len(rows))
+    one = lambda carry, at: step(network, tx, carry, batch(at))
+    return jax.lax.scan(one, carry, (rows, counts))
+
+
+@functools.partial(jax.jit, static_argnames=("method", "network", "augmented"))
+def _scanned(method, network, numbers, carry, data, rows, key, first, augmented):
+    tx = transformation(method, numbers, network)
+    return take_steps(network, tx, carry, data, rows, key, first, augmented)[0]
+
+
+_pick = jax.jit(pick, static_argnames="augmented")
+
+
+@functools.partial(jax.jit, static_argnames=("method", "network"))
+def stepped(method, network, numbers, carry, batch):
+    """One step of a run whose measurements are made by hand."""
+    tx = transformation(method, numbers, network, in_step=False)
+    return step(network, tx, carry, batch)[0]
+
+
+def _by_hand(method, network, numbers, carry, data, rows, key, first, augmented):
+    for count, some in enumerate(rows, first):
+        batch = _pick(data, some, key, count, augmented=augmented)
+        params, loss_args, opt_state = carry
+        opt_state = refreshed(
+            method, numbers, network, opt_state, count, params, batch, loss_args
+        )
+        carry = stepped(method, network, numbers, (*carry[:2], opt_state), batch)
+    return carry
+
+
+def judge(network, params, loss_args, batch):
+    """Sums over a batch, in evaluation mode: the loss and the errors."""
+    model = nnx.merge(network.start, params, *loss_args, copy=True)
+    model.eval()
+    logits = model(batch[0])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
+    return jnp.stack([losses.sum(), (logits.argmax(-1) != batch[1]).sum()])
+
+
+_judge = jax.jit(judge, static_argnames="network")
+
+
+def evaluate(network, params, loss_args, data, size=1000):
+    """(mean loss, error) over a data set."""
+    parts = range(0, len(data[1]), size)
+    sums = [
+        _judge(network, params, loss_args, tuple(x[i : i + size] for x in data))
+        for i in parts
+    ]
+    return np.sum(sums, axis=0, dtype=float) / data[1].size
+
+
+class Trained(NamedTuple):
+    """A run's end, for experiments that look at it."""
+
+    network: Network
+    params: Any
+    loss_args: tuple
+    opt_state: Any
+    data: Any  # (train, test), each (inputs, labels)
+    curves: Row  # the steps of the evaluations, and what was seen there
+
+
+def fit(
+    folder: pathlib.Path,
+    task: Task,
+    method: Method,
+    *,
+    learning_rate: float,
+    damping: float,
+    epochs: int,
+    seed: int,
+    batch_size: int = 128,
+    weight_decay: float = 0.0,
+    eval_every: int | None = None,
+    num_evaluations: int | None = None,
+    by_hand: bool = True,
+    factor: float = 1.0,
+) -> Trained:
+    """Train, evaluating every so many epochs and at the end, or so many times.
+
+    A run that is evaluated a number of times ends with the last of these, and of the
+    training set it judges as many examples as there are to test.
+    """
+    with_factors = method.optimizer.startswith("kfac")
+    found = prepare(folder, task, seed, with_factors, factor)
+    (train, test), network, params, loss_args, _ = found
+    num, num_batches = len(train[1]), len(train[1]) // batch_size
+    if num_evaluations is None:
+        every = range(1, epochs + 1) if epochs else ()
+        ends = [n for n in every if n == epochs or (eval_every and n % eval_every == 0)]
+        ends, judged = [n * num_batches for n in ends], train
+    else:
+        per = epochs * num_batches // num_evaluations
+        ends = [per * (i + 1) for i in range(num_evaluations)]
+        judged = tuple(x[: len(test[1])] for x in train)
+    total_steps = ends[-1] if ends else 0
+    rng, key = np.random.default_rng(seed), jax.random.key(seed)
+    order = [rng.permutation(num)[: num_batches * batch_size] for _ in range(epochs)]
+    numbers = Numbers(learning_rate, damping, total_steps, weight_decay)
+    opt_state = transformation(method, numbers, network, not by_hand).init(params)
+    carry = params, loss_args, opt_state
+    advance = _by_hand if by_hand else _scanned
+    curves: Row = {name: [] for name in ("step", *CURVES, "damping", "variance")}
+    for start, end in itertools.pairwise([0, *ends]):
+        rows = np.concatenate(order).reshape(-1, batch_size)[start:end].astype(np.int32)
+        carry = advance(
+            method, network, numbers, carry, train, rows, key, start, task.augmented
+        )
+        seen = np.ravel([evaluate(network, *carry[:2], x) for x in (judged, test)])
+        new = [end, *rounded(seen), [*map(float, dampings(carry[2]))]]
+        new += [None if method.layers else scalar(carry[2], "measured_variance")]
+        for name, value in zip(curves, new, strict=True):
+            curves[name].append(value)
+        if by_hand and not math.isfinite(seen[0]):
+            break
+    return Trained(network, *carry, (train, test), curves)
