@@ -1,7 +1,7 @@
 """The paper's figures and tables, run again.
 
     python -m benchmarks.paper list
-    python -m benchmarks.paper NAME... [--scale small|full] [--data FOLDER]
+    python -m benchmarks.paper NAME... [--data FOLDER]
     python -m benchmarks.paper page
 
 NAME is an experiment's, the beginning of some (`fig11`, `beyond`), or `all`. What is
@@ -15,11 +15,11 @@ import argparse
 import pathlib
 import sys
 
-from benchmarks.shared.sources import fetch
+from benchmarks.shared.data import fetch
 from rmtdamp.demo._data import DataError
 
 from . import _page
-from ._experiment import carry_out
+from ._experiment import carry_out, stale
 from .experiments import EXPERIMENTS
 
 DATA = ("mnist", "fashion-mnist", "cifar-100", "tinyshakespeare")
@@ -29,31 +29,24 @@ def chosen(wanted: list[str]) -> list[str]:
     """The experiments that are meant, by name, by a beginning, or all."""
     if wanted == ["all"]:
         return list(EXPERIMENTS)
-    found = {
-        given: [n for n in EXPERIMENTS if n == given or n.startswith(f"{given}_")]
-        for given in wanted
-    }
-    if unknown := [given for given, names in found.items() if not names]:
+    of = lambda x: [n for n in EXPERIMENTS if n == x or n.startswith(f"{x}_")]
+    if unknown := [given for given in wanted if not of(given)]:
         raise ValueError(
             f"no experiment {', '.join(unknown)}: choose from all, "
             f"{', '.join(EXPERIMENTS)}"
         )
-    return [name for names in found.values() for name in names]
+    return [name for given in wanted for name in of(given)]
 
 
 def main() -> int:
     """Read the command line."""
+    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.paper",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m benchmarks.paper", description=__doc__, formatter_class=raw
     )
     parser.add_argument("names", nargs="+", metavar="NAME")
-    parser.add_argument("--scale", choices=("small", "full"))
     parser.add_argument("--data", type=pathlib.Path, default=pathlib.Path("data"))
-    parser.add_argument(
-        "--download", action="store_true", help="fetch missing data into that folder"
-    )
+    parser.add_argument("--download", action="store_true", help="fetch missing data")
     args = parser.parse_args()
     if args.names == ["list"]:
         for experiment in EXPERIMENTS.values():
@@ -70,14 +63,10 @@ def main() -> int:
         for source in DATA if args.download else ():
             fetch(source, args.data)
         for name in names:
-            experiment = EXPERIMENTS[name]
-            protocols = experiment.text.protocol
-            scale = args.scale or next(iter(protocols))
-            if scale not in protocols:
-                print(f"{name}: has no scale {scale}, skipped", file=sys.stderr)
-                continue
-            record = carry_out(experiment, scale, args.data)
-            print(f"{name} ({scale}): {record['verdict']}. {record['remark']}")
+            record = carry_out(EXPERIMENTS[name], args.data)
+            print(f"{name}: {record['verdict']}. {record['remark']}")
+            if wrong := stale(record):
+                print(f"  its text in texts/ quotes {', '.join(wrong)}: not found so")
     except DataError as failure:
         print(failure, file=sys.stderr)
         return 1

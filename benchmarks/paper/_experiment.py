@@ -6,47 +6,74 @@ import math
 import pathlib
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from benchmarks.shared.figures import Panel, save_figure
+from benchmarks.shared import report
+from benchmarks.shared.claims import Check, by
 from benchmarks.shared.runs import Row, Run, perform
 from rmtdamp.demo._report import write
 
 HERE = pathlib.Path(__file__).parent
 RESULTS, TEXTS = HERE / "results", HERE / "texts"
-Scale = Literal["small", "full"]
-Verdict = Literal["reproduced", "partly", "not reproduced"]
-
-
-class Conclusion(NamedTuple):
-    """What the runs say."""
-
-    table: list[Row]  # rows of one picture or table, numbers or "mean ± error"
-    findings: Row  # the few numbers that the verdict rests on
-    checks: Sequence[bool]  # the parts of the claim
-
-
-class Experiment(NamedTuple):
-    """One figure or table of the paper; its words are in `texts`."""
-
-    name: str
-    runs: Callable[[Scale], list[Run]]
-    conclude: Callable[[list[Row]], Conclusion]
-    draw: Callable[[list[Row]], list[Panel]]
-
-    @property
-    def text(self) -> "Text":
-        """What is said about it, by hand."""
-        return texts()[self.name]
 
 
 class Text(NamedTuple):
-    """An experiment's entry in `texts`: Markdown, written by hand."""
+    """What is said about an experiment: Markdown, written by hand."""
 
     claim: str
     paper: Row  # the paper's own figures
-    protocol: dict[str, str]  # by scale: what is run; at "small", how it is reduced
-    remark: str  # why that verdict, and what else a reader should know
+    scale: str  # "full" is the paper's own, "small" is reduced
+    protocol: str  # what is run, and how it is reduced
+    remark: str  # what the checks and the table say, and what a reader should know
+
+
+class Experiment(NamedTuple):
+    """One figure or table of the paper."""
+
+    name: str
+    runs: Callable[[], list[Run]]
+    heads: Callable[[Row], Row]  # what names the line of the table that a row is in
+    line: Callable[
+        [Any, dict], Row | None
+    ]  # (names, {names: rows}) -> what else is there
+    checks: Callable[[dict], list[Check]]  # {names: rows} -> the parts of the claim
+    # A curve over epochs, ("grid" or a scale, columns of the table ...), or what draws.
+    pictures: Sequence[Any]
+    more: Callable[[dict], list[Row]] = lambda found: []  # further lines of the table
+    each: Callable[[list[Row]], list[Row]] = list  # rows, where a run holds several
+
+    @property
+    def text(self) -> Text:
+        """Its entry in `texts`."""
+        return texts()[self.name]
+
+    def found(self, rows: list[Row]) -> dict[Any, list[Row]]:
+        """The rows of each line, by the values of its names."""
+        found = by(self.each(rows), lambda row: tuple(self.heads(row).values()))
+        return {k[0] if len(k) == 1 else k: v for k, v in found.items()}
+
+    def table(self, rows: list[Row]) -> list[Row]:
+        """Lines of names and cells, numbers or "mean ± error"."""
+        found = self.found(rows)
+        lines = [(self.heads(of[0]), self.line(k, found)) for k, of in found.items()]
+        return [x | line for x, line in lines if line is not None] + self.more(found)
+
+    def panels(self, rows: list[Row]) -> list[report.Panel]:
+        """What is in the picture."""
+        table, heads = self.table(rows), list(self.heads(self.each(rows)[0]))
+        labelled = {report.label(k): of for k, of in self.found(rows).items()}
+        panels = []
+        for picture in self.pictures:
+            if callable(picture):
+                panels += picture(rows)
+            elif isinstance(picture, str):
+                panels.append(report.training(labelled, picture))
+            elif picture[0] == "grid":
+                panels.append(report.grid(table, picture[1], heads, title=picture[1]))
+            else:
+                axes = {"yscale": picture[0]}
+                panels.append(report.bars(table, picture[1:], heads, **axes))
+        return panels
 
 
 @functools.cache
@@ -54,98 +81,65 @@ def texts(folder: pathlib.Path = TEXTS) -> dict[str, Text]:
     """All entries by name.
 
     A file has one heading per experiment, `# name`, with the sections Claim, The paper
-    (a list of `- **what**: figure`), How (at a scale) and What came out. A heading in
+    (a list of `- **what**: figure`), How (small scale) and What came out. A heading in
     braces names words that stand wherever these braces are repeated.
     """
     found = {}
     for path in sorted(folder.glob("*.md")):
-        entries = _sections(path.read_text(), "# ")
-        shared = {
-            name: body.strip() for name, body in entries.items() if name[0] == "{"
-        }
-        for name, body in entries.items():
-            for token, words in shared.items():
-                body = body.replace(token, words)
-            parts = _sections(body, "## ")
-            if name not in shared:
-                found[name] = Text(
-                    claim=_flat(parts["Claim"]),
-                    paper=dict(map(_figure, parts["The paper"].split("\n- ")[1:])),
-                    protocol={
-                        scale: _flat(parts[f"How ({scale} scale)"])
-                        for scale in ("small", "full")
-                        if f"How ({scale} scale)" in parts
-                    },
-                    remark=_flat(parts["What came out"]),
-                )
+        entries = _sections(path.read_text(), "#")
+        words = {k: v.strip() for k, v in entries.items() if k.startswith("{")}
+        for name in entries.keys() - words.keys():
+            body = entries[name]
+            for token, meant in words.items():
+                body = body.replace(token, meant)
+            parts = _sections(body, "##")
+            flat = {title: " ".join(part.split()) for title, part in parts.items()}
+            figures = re.findall(
+                r"- \*\*(.+?)\*\*: (.+?)(?= - \*\*|$)", flat["The paper"]
+            )
+            (how,) = (title for title in flat if title.startswith("How"))
+            found[name] = Text(
+                flat["Claim"],
+                {k: json.loads(v) if v.startswith("[") else v for k, v in figures},
+                how.split("(")[1].split()[0],
+                flat[how],
+                flat["What came out"],
+            )
     return found
 
 
 def _sections(text: str, mark: str) -> dict[str, str]:
     """Heading -> what stands below it."""
-    _, *parts = re.split(rf"^{mark}(.+)\n", text, flags=re.MULTILINE)
-    return dict(zip(parts[::2], ("\n" + x for x in parts[1::2]), strict=True))
+    _, *parts = re.split(rf"^{mark} (.+)\n", text, flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-def _flat(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _figure(item: str) -> tuple[str, Any]:
-    """`**what**: figure`, the figure a JSON value or words."""
-    name, value = re.match(r"\*\*(.+?)\*\*: (.+)", _flat(item)).groups()
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
-
-
-def path_of(
-    experiment: Experiment, scale: str, results: pathlib.Path = RESULTS
-) -> pathlib.Path:
-    """The JSON file; the PNG lies beside it. The first scale has the plain name."""
-    first = next(iter(experiment.text.protocol))
-    suffix = "" if scale == first else f"_{scale}"
-    return results / f"{experiment.name}{suffix}.json"
-
-
-def carry_out(
-    experiment: Experiment,
-    scale: Scale,
-    folder: pathlib.Path,
-    results: pathlib.Path = RESULTS,
-) -> Row:
+def carry_out(experiment: Experiment, folder: pathlib.Path, results=RESULTS) -> Row:
     """Make the runs that are missing, then write the record and its picture."""
-    text = experiment.text
-    if scale not in text.protocol:
-        raise ValueError(
-            f"{experiment.name} has no scale {scale!r}: it has "
-            f"{', '.join(text.protocol)}"
-        )
-    rows = perform(experiment.name, experiment.runs(scale), folder, results)
-    record = record_of(experiment, scale, rows)
-    path = path_of(experiment, scale, results)
+    rows = perform(experiment.name, experiment.runs(), folder, results)
+    record, path = record_of(experiment, rows), results / f"{experiment.name}.json"
     words = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
     write(path, words + "\n")
-    save_figure(path.with_suffix(".png"), experiment.draw(rows))
+    report.save_figure(path.with_suffix(".png"), experiment.panels(rows))
     return record
 
 
-def record_of(experiment: Experiment, scale: Scale, rows: list[Row]) -> Row:
+def record_of(experiment: Experiment, rows: list[Row]) -> Row:
     """What is kept of an experiment: its words and what its runs say."""
-    text, (table, findings, checks) = experiment.text, experiment.conclude(rows)
+    text, checks = experiment.text, experiment.checks(experiment.found(rows))
     record = {
         "experiment": experiment.name,
         "claim": text.claim,
         "paper": text.paper,
-        "measured": {**findings, "table": table},
+        "checks": [check._asdict() for check in checks],
+        "measured": {"table": experiment.table(rows)},
         "seeds": len({row["seed"] for row in rows}),
-        "scale": scale,
+        "scale": text.scale,
         "verdict": verdict_of(checks),
         "remark": text.remark,
-        "protocol": text.protocol[scale],
+        "protocol": text.protocol,
         "runs": len(rows),
-        "minutes": round(sum(row["seconds"] for row in rows) / 60, 1),
+        "minutes": round(sum(row.get("seconds", 0) for row in rows) / 60, 1),
     }
     return _finite(record)
 
@@ -156,11 +150,25 @@ def _finite(value: Any) -> Any:
         return {name: _finite(x) for name, x in value.items()}
     if isinstance(value, list):
         return [_finite(x) for x in value]
+    value = value.item() if hasattr(value, "item") else value  # a NumPy scalar
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def verdict_of(checks: Sequence[bool]) -> Verdict:
+def verdict_of(checks: Sequence[Check]) -> str:
     """All of what was claimed, some of it, or nothing."""
-    return (
-        "reproduced" if all(checks) else "partly" if any(checks) else "not reproduced"
-    )
+    held = [bool(check.holds) for check in checks]
+    return "reproduced" if all(held) else "partly" if any(held) else "not reproduced"
+
+
+def stale(record: Row) -> list[str]:
+    """The numbers in a record's remark that stand nowhere else in it."""
+    number = r"\d+(?:\.\d+)?(?:e-?\d+)?"
+    rest = json.dumps({k: v for k, v in record.items() if k != "remark"})
+    known = [float(x) for x in re.findall(number, re.sub(r"(?<=\d),(?=\d)", "", rest))]
+    known += [100 * x for x in known]  # a share, in per cent
+
+    def stands(quoted):
+        digits = len(quoted.partition(".")[2])
+        return any(math.isclose(float(quoted), round(x, digits)) for x in known)
+
+    return [x for x in re.findall(number, record["remark"]) if not stands(x)]

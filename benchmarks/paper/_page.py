@@ -4,85 +4,86 @@ import json
 import pathlib
 from typing import Any
 
+from benchmarks.shared.report import markdown
 from benchmarks.shared.runs import Row
-from benchmarks.shared.tables import markdown
 from rmtdamp.demo._report import write
 
-from ._experiment import HERE, RESULTS, path_of
+from ._experiment import HERE, RESULTS
 from .experiments import EXPERIMENTS
 
 README, HEAD = HERE / "README.md", HERE / "head.md"
 MAIN = HERE.parents[1] / "README.md"
 BEGIN, END = "<!-- begin of the verdicts -->\n", "<!-- end of the verdicts -->\n"
+HOLDS = {True: "yes", False: "no", None: "not comparable"}
+SECTION = """\
+## {name}
+
+**Claim.** {claim}.
+
+**{verdict}.** {remark}
+
+![{experiment}](results/{name}.png)
+
+{checks}
+
+The paper:
+
+{paper}
+
+Measured ({scale} scale, {runs} runs, {seeds} seeds, {minutes:g} minutes):
+
+{table}
+
+How: {protocol}
+"""
 
 
 def _value(value: Any) -> str:
-    if value is None:
-        return ""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list):
         return ", ".join(map(_value, value))
-    return str(value)
-
-
-def _table(rows: list[Row]) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [[_value(row.get(name)) for name in names] for row in rows]
-    return "\n".join(markdown(names, lines))
+    return "" if value is None else str(value)
 
 
 def _entries(fields: Row) -> str:
     return "\n".join(f"- {name}: {_value(value)}" for name, value in fields.items())
 
 
+def _check(check: Row) -> Row:
+    found = _value(check["value"])
+    if check["stderr"] is not None:
+        found += f" ± {check['stderr']:.2g}"
+    held = HOLDS[check["holds"]]
+    return {"part of the claim": check["statement"], "found": found, "holds": held}
+
+
 def records(results: pathlib.Path = RESULTS) -> list[tuple[pathlib.Path, Row]]:
     """(path, record) of every experiment that has been run, in their order."""
-    found = []
-    for experiment in EXPERIMENTS.values():
-        for scale in experiment.text.protocol:
-            path = path_of(experiment, scale, results)
-            if path.exists():
-                found.append((path, json.loads(path.read_text())))
-    return found
+    paths = [results / f"{name}.json" for name in EXPERIMENTS]
+    return [(p, json.loads(p.read_text())) for p in paths if p.exists()]
 
 
 def _section(path: pathlib.Path, record: Row) -> str:
-    measured = {k: v for k, v in record["measured"].items() if k != "table"}
-    seeds = f"{record['seeds']} seed{'s' * (record['seeds'] > 1)}"
-    count = f"{record['runs']} runs, {seeds}, {record['minutes']:g} minutes"
-    return f"""\
-## {path.stem}
-
-**Claim.** {record["claim"]}.
-
-**{record["verdict"].capitalize()}.** {record["remark"]}
-
-![{record["experiment"]}](results/{path.with_suffix(".png").name})
-
-The paper:
-
-{_entries(record["paper"])}
-
-Measured ({record["scale"]} scale, {count}):
-
-{_entries(measured)}
-
-{_table(record["measured"]["table"])}
-
-How: {record["protocol"]}
-"""
+    return SECTION.format_map(
+        record
+        | {
+            "name": path.stem,
+            "verdict": record["verdict"].capitalize(),
+            "checks": markdown(map(_check, record["checks"])),
+            "paper": _entries(record["paper"]),
+            "table": markdown(record["measured"]["table"], _value),
+        }
+    )
 
 
 def overview(results: pathlib.Path = RESULTS, page: str = "") -> str:
     """A line per experiment: what was claimed, and what came out."""
     names = ("claim", "verdict", "scale", "seeds")
-    return _table(
-        [
-            {"experiment": f"[{path.stem}]({page}#{path.stem})"}
-            | {name: record[name] for name in names}
-            for path, record in records(results)
-        ]
+    return markdown(
+        {"experiment": f"[{path.stem}]({page}#{path.stem})"}
+        | {name: record[name] for name in names}
+        for path, record in records(results)
     )
 
 

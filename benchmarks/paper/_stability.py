@@ -16,17 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.shared.optimizers import (
-    B2,
-    MOMENTUM,
-    Method,
-    Network,
-    Numbers,
-    refresh_factors,
-    transformation,
-)
+from benchmarks.shared import optimizers, training
+from benchmarks.shared.optimizers import B2, MOMENTUM, Method, Network, Numbers
 from benchmarks.shared.runs import Row
-from benchmarks.shared.training import Task, pick, prepare, take_steps
 from rmtdamp import hessian
 from rmtdamp.damping import stable_learning_rate, stable_learning_rate_bound
 
@@ -35,6 +27,7 @@ MAX_PRODUCTS = 300  # for lambda_max
 NUM_PROBES, NUM_EXACT = 120, 64  # for the diagonal: products, elements made exact
 # The KL clip hides the instability that is looked for.
 NAMES = {"kfac": "kfac-unclipped", "kfac-clipped": "kfac"}
+flat = lambda tree: jax.flatten_util.ravel_pytree(tree)[0]
 
 
 class Problem(NamedTuple):
@@ -44,51 +37,56 @@ class Problem(NamedTuple):
     loss_args: tuple
     data: Any
     method: Method
-    damping: float
+    damping: Any
+
+    def transformation(self, rate, total_steps):
+        numbers = Numbers(rate, self.damping, total_steps)
+        return optimizers.transformation(self.method, numbers, self.network, False)
+
+    def measured(self, opt_state, params, batch):
+        """The state with KFAC's factors of here."""
+        if not self.method.optimizer.startswith("kfac"):
+            return opt_state
+        here = params, batch, self.loss_args
+        return optimizers.refresh_factors(self.network, opt_state, *here)
 
 
 def problem_of(folder, task, seed, optimizer, damping, schedule="constant"):
     """(problem, initial params, number of classes)."""
-    method = Method(NAMES.get(optimizer, optimizer), schedule)
     with_factors = optimizer.startswith("kfac")
-    found = prepare(folder, Task(**task), seed, with_factors)
+    found = training.prepare(folder, training.Task(**task), seed, with_factors)
     (train, _), network, params, loss_args, num_classes = found
+    method = Method(NAMES.get(optimizer, optimizer), schedule)
     return Problem(network, loss_args, train, method, damping), params, num_classes
 
 
-def _measured(problem, opt_state, params, batch):
-    if not problem.method.optimizer.startswith("kfac"):
-        return opt_state
-    return refresh_factors(problem.network, opt_state, params, batch, problem.loss_args)
-
-
 @functools.partial(jax.jit, static_argnames=("network", "method", "augmented"))
-def _advance(network, method, augmented, numbers, carry, data, rows, key, first):
+def _advance(network, method, rest, carry, rates, steps, rows, key, first, augmented):
     """A few steps at every rate: the carry, losses (rates, steps)."""
+    problem = Problem(network, rest[0], rest[1], method, rest[2])
 
     def one(rate, carry):
         params, loss_args, opt_state = carry
-        problem = Problem(network, loss_args, data, method, numbers.damping)
-        batch = pick(data, rows[0], key, first, augmented)
-        carry = params, loss_args, _measured(problem, opt_state, params, batch)
-        numbers_here = numbers._replace(learning_rate=rate)
-        tx = transformation(method, numbers_here, network, in_step=False)
-        return take_steps(network, tx, carry, data, rows, key, first, augmented)
+        batch = training.pick(problem.data, rows[0], key, first, augmented)
+        carry = params, loss_args, problem.measured(opt_state, params, batch)
+        at = problem.data, rows, key, first, augmented
+        return training.take_steps(
+            network, problem.transformation(rate, steps), carry, *at
+        )
 
-    return jax.vmap(one)(numbers.learning_rate, carry)
+    if problem.method.optimizer.startswith("kfac"):
+        # Batched eigendecompositions can block each other for ever on two cores.
+        return jax.lax.map(lambda at: one(*at), (rates, carry))
+    return jax.vmap(one)(rates, carry)
 
 
 def start(problem: Problem, params, num: int):
     """(params, loss_args, opt_state), `num` times."""
-    numbers = Numbers(0.0, problem.damping, 1)
-    tx = transformation(problem.method, numbers, problem.network, in_step=False)
-    carry = params, problem.loss_args, tx.init(params)
+    carry = params, problem.loss_args, problem.transformation(0.0, 1).init(params)
     return jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], num, 0), carry)
 
 
-def descend(
-    problem, carry, rates, steps, *, batch_size=None, augmented=False, seed=0
-):  # fmt: skip
+def descend(problem, carry, rates, steps, batch_size=None, augmented=False, seed=0):
     """Yield (step, carry, losses) after every ten of `steps` steps."""
     rng, key = np.random.default_rng(seed), jax.random.key(seed)
     num, size = len(jax.tree.leaves(problem.data)[0]), batch_size or 0
@@ -97,13 +95,12 @@ def descend(
         epochs = math.ceil(steps / (num // size))
         order = [rng.permutation(num)[: num // size * size] for _ in range(epochs)]
         rows = np.concatenate(order).reshape(-1, size)
+    network, loss_args, data, method, damping = problem
+    rest = loss_args, data, damping
     rates = jnp.asarray(rates, jax.tree.leaves(carry)[0].dtype)
-    numbers = Numbers(rates, problem.damping, steps)
     for first in range(0, steps, EVERY):
-        carry, losses = _advance(
-            problem.network, problem.method, augmented, numbers, carry, problem.data,
-            rows[first : first + EVERY], key, first,
-        )  # fmt: skip
+        at = rates, steps, rows[first : first + EVERY], key, first, augmented
+        carry, losses = _advance(network, method, rest, carry, *at)
         yield first + EVERY, carry, losses
 
 
@@ -112,18 +109,15 @@ def search(problem, params, rates, steps, **options) -> list[Row]:
     losses = []
     walk = descend(problem, start(problem, params, len(rates)), rates, steps, **options)
     for _, _, found in walk:
-        losses.append(found)
-        if not jnp.isfinite(found).any():
+        losses.append(np.asarray(found))
+        if not np.isfinite(losses[-1]).any():
             break
-    means = np.stack([np.mean(x, axis=1) for x in losses], axis=1)
+    means = np.stack([np.mean(x, axis=1) for x in losses], axis=1)  # of ten steps
+    ends = losses[0][:, 0], np.max(means, axis=1), means[:, -1]
+    names = ("rate", "first", "peak", "last")
     return [
-        {
-            "rate": rate,
-            "first": finite(losses[0][i, 0]),
-            "peak": finite(np.max(means[i])),  # of the means of ten steps
-            "last": finite(means[i, -1]),
-        }
-        for i, rate in enumerate(rates)
+        dict(zip(names, (rate, *map(finite, row)), strict=True))
+        for rate, *row in zip(rates, *ends, strict=True)
     ]
 
 
@@ -137,7 +131,6 @@ def divisor(problem, params, opt_state, step):
 
     `step` steps have been taken before, and `problem.data` is the batch.
     """
-    flat = lambda tree: jax.flatten_util.ravel_pytree(tree)[0]
     optimizer, data = problem.method.optimizer, problem.data
     if optimizer == "sgd":
         return jnp.ones_like(flat(params)), None
@@ -146,7 +139,7 @@ def divisor(problem, params, opt_state, step):
         old = flat(optax.tree.get(opt_state, "nu"))
         second = B2 * old + (1 - B2) * flat(grads) ** 2
         return jnp.sqrt(second / (1 - B2 ** (step + 1))) + problem.damping, None
-    basis = optax.tree.get(_measured(problem, opt_state, params, data), "bases")
+    basis = optax.tree.get(problem.measured(opt_state, params, data), "bases")
     values = [b.input_values[0][:, None] * b.output_values[0][None] for b in basis]
     return jnp.concatenate([v.ravel() for v in values]) + problem.damping, basis
 
@@ -158,18 +151,15 @@ def curvature(problem, params, opt_state, step, seed=0) -> Row:
     damped, basis = divisor(problem, params, opt_state, step)
     blocks = problem.network.factors_fn.blocks if basis is not None else ()
     unflatten = jax.flatten_util.ravel_pytree(params)[1]
-    seen = functools.partial(
-        _product, functools.partial(from_eigenbasis, blocks, unflatten)
-    )
+    rotate = functools.partial(from_eigenbasis, blocks, unflatten)
+    seen = functools.partial(_product, rotate)
     product = jax.tree_util.Partial(seen, basis, matvec, 1 / jnp.sqrt(damped))
     key, other = jax.random.split(jax.random.key(seed))
     # Lanczos: at a small damping P^-1 H has a negative eigenvalue as large as the
     # largest one, and power iteration all but stands still.
     found = hessian.eigsh(product, damped, key, k=1, max_products=MAX_PRODUCTS)
-    num_probes = min(NUM_PROBES, 3 * damped.size)
-    estimate = hessian.diagonal(
-        product, damped, other, num_probes=num_probes, method="hutch++"
-    ).value
+    options = {"num_probes": min(NUM_PROBES, 3 * damped.size), "method": "hutch++"}
+    estimate = hessian.diagonal(product, damped, other, **options).value
     # The largest of many estimates is too large: the candidates' own elements decide.
     exact = _elements(product, damped, jnp.argsort(-jnp.abs(estimate))[:NUM_EXACT])
     bound = stable_learning_rate_bound(exact, jnp.ones_like(exact))
@@ -191,16 +181,14 @@ def from_eigenbasis(blocks, unflatten, basis, vector):
     if basis is None:
         return params
     leaves, treedef = jax.tree.flatten(params)
-    first = 0
-    for block, (inputs, outputs, *_) in zip(blocks, basis, strict=True):
-        size = block.rows * block.columns
-        matrix = vector[first : first + size].reshape(block.rows, block.columns)
-        matrix = inputs[0] @ matrix @ outputs[0].T  # kernel, and the bias below it
-        first += size
+    sizes = np.cumsum([block.rows * block.columns for block in blocks])
+    parts = jnp.split(vector, sizes[:-1])
+    for block, (inputs, outputs, *_), part in zip(blocks, basis, parts, strict=True):
+        matrix = inputs[0] @ part.reshape(block.rows, block.columns) @ outputs[0].T
         ends = np.cumsum([math.prod(s) // block.columns for s in block.shapes])
-        parts = jnp.split(matrix, ends[:-1])
-        for place, shape, part in zip(block.leaves, block.shapes, parts, strict=True):
-            leaves[place] = part.reshape(shape)
+        rows = jnp.split(matrix, ends[:-1])  # the kernel, and the bias below it
+        for place, shape, some in zip(block.leaves, block.shapes, rows, strict=True):
+            leaves[place] = some.reshape(shape)
     return jax.tree.unflatten(treedef, leaves)
 
 
@@ -218,37 +206,34 @@ def _elements(product, like, places):
 
 
 def stable_rate(
-    folder: pathlib.Path, *, task, optimizer, damping, rates, batch_size, steps,
-    schedule, seed,
-) -> Row:  # fmt: skip
+    folder: pathlib.Path, *, task, optimizer, damping, rates, steps, schedule, **options
+) -> Row:
     """What becomes of the training loss at each rate; `batch_size` None: full-batch."""
-    found = problem_of(folder, task, seed, optimizer, damping, schedule)
-    problem, params, num_classes = found
-    options = {"batch_size": batch_size, "seed": seed}
+    made = task, options["seed"], optimizer, damping, schedule
+    problem, params, num_classes = problem_of(folder, *made)
     options["augmented"] = task.get("augmented", False)
     outcomes = search(problem, params, rates, steps, **options)
     return {"outcomes": outcomes, "num_classes": num_classes}
 
 
 def sharpness(
-    folder: pathlib.Path, *, task, optimizer, damping, fraction, at, batch_size,
-    num_examples, seed,
+    folder: pathlib.Path, *, task, optimizer, damping, fraction, at, num_examples,
+    **options,
 ) -> Row:  # fmt: skip
     """The prediction along a run at `fraction` of the first one, at steps `at`."""
-    problem, params, _ = problem_of(folder, task, seed, optimizer, damping)
+    problem, params, _ = problem_of(folder, task, options["seed"], optimizer, damping)
     seen = problem._replace(data=tuple(x[:num_examples] for x in problem.data))
-    carry = start(problem, params, 1)
+    begun = start(problem, params, 1)
 
     def measure(carry, step):
         params, _, opt_state = jax.tree.map(lambda x: x[0], carry)
         return curvature(seen, params, opt_state, step)
 
-    measured = [measure(carry, 0)]
+    measured = [measure(begun, 0)]
     rate = fraction * measured[0]["predicted"]
     peak = measured[0]["peak"] = measured[0]["loss"]
-    options = {"augmented": task.get("augmented", False), "seed": seed}
-    walk = descend(problem, carry, [rate], max(at), batch_size=batch_size, **options)
-    for step, carry, losses in walk:
+    options["augmented"] = task.get("augmented", False)
+    for step, carry, losses in descend(problem, begun, [rate], max(at), **options):
         peak = float(np.maximum(peak, np.mean(losses)))  # NaN stays
         if step in at:
             if finite(peak) is None:

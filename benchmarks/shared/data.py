@@ -1,9 +1,9 @@
-"""A folder of files in their original formats -> uint8 images, labels, tokens.
+"""The data sets: where they are published, and files in their formats -> arrays.
 
-MNIST, Fashion-MNIST (idx), CIFAR-10, CIFAR-100 (the binary version; nothing is ever
-unpickled) and tinyshakespeare. Every `folder` is either the data set's own or the one
-that has it under its usual name: `DATA/mnist` or `DATA`. A file that is missing,
-truncated, corrupt or another one is a DataError that names it.
+MNIST, Fashion-MNIST (idx), CIFAR-100 (the binary version; nothing is ever unpickled)
+and tinyshakespeare. Every `folder` is either the data set's own or the one that has it
+under its usual name: `DATA/mnist` or `DATA`. A file that is missing, truncated, corrupt
+or another one is a DataError that names it. `fetch` downloads what is not there.
 """
 
 import functools
@@ -11,6 +11,9 @@ import hashlib
 import math
 import os
 import pathlib
+import tarfile
+import tempfile
+import zlib
 from typing import NamedTuple
 
 import jax
@@ -19,7 +22,128 @@ import numpy as np
 
 from rmtdamp.demo._data import DataError, read_idx
 
-from .sources import PIXELS, SOURCES, source_of
+PIXELS = 32 * 32 * 3
+SPLITS = (
+    "train-images-idx3",
+    "train-labels-idx1",
+    "t10k-images-idx3",
+    "t10k-labels-idx1",
+)
+IDX_FILES = tuple(f"{name}-ubyte" for name in SPLITS)
+
+
+class Source(NamedTuple):
+    """Where a data set is published, and how it lies on disk."""
+
+    folder: str  # its usual name
+    files: tuple[str, ...]  # what must be in it, without .gz
+    url: str  # what the names below are appended to
+    md5: dict[str, str]  # of each published file
+    sizes: tuple[int, ...] = ()  # of each file, where they come in one archive
+
+
+def _idx(folder, url, *sums) -> Source:
+    md5 = {f"{name}.gz": x for name, x in zip(IDX_FILES, sums, strict=True)}
+    return Source(folder, IDX_FILES, url, md5)
+
+
+SOURCES = {
+    "mnist": _idx(
+        "mnist",
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "d53e105ee54ea40749a09fcbcd1e9432",
+        "9fb629c4189551a2d022fa330f9573f3",
+        "ec29112dd5afa0611ce80d1b7f02629c",
+    ),
+    "fashion-mnist": _idx(
+        "fashion-mnist",
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "25c81989df183df01b3e8a0aad5dffbe",
+        "bef4ecab320f06d8554ea6380940ec79",
+        "bb300cfdad3c16e7a12a480ee83cd310",
+    ),
+    "cifar-100": Source(
+        "cifar-100-binary",
+        ("train.bin", "test.bin"),
+        "https://www.cs.toronto.edu/~kriz/",
+        {"cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"},
+        (50_000 * (2 + PIXELS), 10_000 * (2 + PIXELS)),
+    ),
+    "tinyshakespeare": Source(
+        "tinyshakespeare",
+        ("input.txt",),
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
+        "tinyshakespeare/",
+        {"input.txt": "6fb458f1232090904fb40fe944165e91"},
+    ),
+}
+
+
+def source_of(name: str) -> Source:
+    """The source of a data set; ValueError if there is none of that name."""
+    if name not in SOURCES:
+        raise ValueError(f"no data set is called {name!r}: {', '.join(SOURCES)}")
+    return SOURCES[name]
+
+
+def _unpack(source: Source, archive: pathlib.Path, folder: pathlib.Path) -> None:
+    """Members of a tar into `folder`: each is there whole or not at all."""
+    # Next to the folder: on the same file system renaming is atomic.
+    with (
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpack-") as name,
+        tarfile.open(archive) as tar,
+    ):
+        parts = []
+        for file, expected in zip(source.files, source.sizes, strict=True):
+            member = f"{source.folder}/{file}"
+            try:
+                tar.extract(member, name, filter="data")
+            except KeyError:
+                raise DataError(f"{archive} holds no {member}") from None
+            parts.append(pathlib.Path(name) / member)
+            if (size := parts[-1].stat().st_size) != expected:
+                found = f"{member} in {archive} has {size} bytes, expected {expected}"
+                raise DataError(found)
+        folder.mkdir(exist_ok=True)
+        for part in parts:
+            part.replace(folder / part.name)
+
+
+def fetch(name: str, folder: str | os.PathLike) -> pathlib.Path:
+    """Download a data set, with a progress bar, unless it is there: its own folder.
+
+    Files are checked against their published md5 sums; what has another sum, or for
+    CIFAR another size, is replaced. A file appears under its name when it is whole.
+    `folder` is the data set's or the one above it, and made if need be.
+    """
+    source = source_of(name)
+    try:
+        import pooch
+    except ImportError:
+        raise ImportError("fetch needs pooch: pip install 'rmtdamp[paper]'") from None
+    own = pathlib.Path(folder)
+    own = own if own.resolve().name == source.folder else own / source.folder
+    sizes = tuple(p.stat().st_size for f in source.files if (p := own / f).is_file())
+    if source.sizes and sizes == source.sizes:
+        return own
+    for file, md5 in source.md5.items():
+        url, where = source.url + file, own.parent if source.sizes else own
+        try:
+            options = {"fname": file, "path": where, "progressbar": True}
+            archive = pathlib.Path(pooch.retrieve(url, f"md5:{md5}", **options))
+            if source.sizes:
+                _unpack(source, archive, own)
+                archive.unlink()
+        except (OSError, ValueError, tarfile.TarError, EOFError, zlib.error) as error:
+            raise DataError(
+                f"{name} could not be fetched from {url}: {error}. Nothing half-"
+                f"written was kept; try again, or put {', '.join(source.files)} into "
+                f"{own} by hand"
+            ) from error
+    return own
+
 
 Split = tuple[np.ndarray, np.ndarray]
 
@@ -86,23 +210,22 @@ def _idx_split(images_path: pathlib.Path, labels_path: pathlib.Path) -> Split:
     return images[..., None], _labelled(labels_path, labels, 10)
 
 
-def _cifar_file(path: pathlib.Path, sizes: tuple[int, ...], column: int) -> Split:
-    """Records of label bytes, then R, G, B planes -> images and one of the labels."""
-    record = len(sizes) + PIXELS
+def _cifar_file(path: pathlib.Path, coarse: bool) -> Split:
+    """Records of two labels, then R, G and B planes -> images and one of the labels."""
     try:
         raw = np.frombuffer(path.read_bytes(), np.uint8)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from None
-    if len(raw) == 0 or len(raw) % record:
+    if len(raw) == 0 or len(raw) % (2 + PIXELS):
         raise DataError(
             f"{path} is truncated, or not of the binary version: {len(raw)} bytes, "
-            f"expected a multiple of {record} ({len(sizes)} label and {PIXELS} pixel "
-            "bytes per image); fetch it again"
+            f"expected a multiple of {2 + PIXELS} (2 label and {PIXELS} pixel bytes "
+            "per image); fetch it again"
         )
-    records = raw.reshape(-1, record)
-    labels = [_labelled(path, records[:, i], size) for i, size in enumerate(sizes)]
-    planes = records[:, len(sizes) :].reshape(-1, 3, 32, 32)
-    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels[column]
+    records = raw.reshape(-1, 2 + PIXELS)
+    labels = [_labelled(path, records[:, i], size) for i, size in enumerate((20, 100))]
+    planes = records[:, 2:].reshape(-1, 3, 32, 32)
+    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels[not coarse]
 
 
 def load(name: str, folder: str | os.PathLike, *, coarse: bool = False) -> Dataset:
@@ -112,20 +235,16 @@ def load(name: str, folder: str | os.PathLike, *, coarse: bool = False) -> Datas
     if coarse and name != "cifar-100":
         raise ValueError(f"only cifar-100 has coarse labels, {name} has not")
     paths = _find(name, folder)
-    if not name.startswith("cifar"):
-        train, test = _idx_split(*paths[:2]), _idx_split(*paths[2:])
-        if train[0].shape[1:] != test[0].shape[1:]:
-            raise DataError(
-                f"{paths[0]} and {paths[2]} do not belong together: images of "
-                f"{train[0].shape[1:3]} and {test[0].shape[1:3]} pixels; fetch them "
-                "again"
-            )
-        return Dataset(name, train, test, 10)
-    sizes = (10,) if name == "cifar-10" else (20, 100)
-    column = 0 if coarse else len(sizes) - 1
-    *parts, test = [_cifar_file(path, sizes, column) for path in paths]
-    images, labels = (np.concatenate(x) for x in zip(*parts, strict=True))
-    return Dataset(name, (images, labels), test, sizes[column])
+    if name == "cifar-100":
+        train, test = (_cifar_file(path, coarse) for path in paths)
+        return Dataset(name, train, test, 20 if coarse else 100)
+    train, test = _idx_split(*paths[:2]), _idx_split(*paths[2:])
+    if train[0].shape[1:] != test[0].shape[1:]:
+        raise DataError(
+            f"{paths[0]} and {paths[2]} do not belong together: images of "
+            f"{train[0].shape[1:3]} and {test[0].shape[1:3]} pixels; fetch them again"
+        )
+    return Dataset(name, train, test, 10)
 
 
 def load_text(

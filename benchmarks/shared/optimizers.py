@@ -34,7 +34,7 @@ class Method(NamedTuple):
     rule: str = "identity"
     form: str = "damping"
     every: int = 100  # steps between refreshes of the damping
-    factor_every: int = 10  # steps between measurements of KFAC's factors
+    factor_every: int | None = 10  # steps between measurements of KFAC's factors
     eigen_every: int = 100
     layers: str | None = None  # a damping for each layer: "block" or "rows"
 
@@ -59,96 +59,89 @@ class Network(NamedTuple):
     factor: float = 1.0  # of the loss
 
 
+def _sgd(rate, method, numbers, network):
+    decay = optax.add_decayed_weights(numbers.weight_decay)
+    return optax.chain(decay, optax.sgd(rate, momentum=MOMENTUM))
+
+
 def _adam(rate, method, numbers, network):
-    return optax.chain(
-        rmtdamp.scale_by_adam_shrinkage(MOMENTUM, B2, form=method.form),
-        optax.add_decayed_weights(numbers.weight_decay),
-        optax.scale_by_learning_rate(rate),
-    )
+    adam = rmtdamp.scale_by_adam_shrinkage(MOMENTUM, B2, form=method.form)
+    decay = optax.add_decayed_weights(numbers.weight_decay)
+    return optax.chain(adam, decay, optax.scale_by_learning_rate(rate))
 
 
 def _kfac(rate, method, numbers, network, **options):
-    every, eigen = method.factor_every, method.eigen_every
-    return rmtdamp.kfac(
-        rate, network.factors_fn, factor_every=every, eigen_every=eigen, **options
-    )
+    options |= {"factor_every": method.factor_every, "eigen_every": method.eigen_every}
+    return rmtdamp.kfac(rate, network.factors_fn, **options)
 
 
-# name -> (rate, method, numbers, network) -> transformation that takes `damping`
+def _lanczos(rate, method, numbers, network):
+    options = {"sharp_divisor": numbers.sharp_divisor, "seed": numbers.seed}
+    options |= {"damping": numbers.damping, "num_steps": 50}
+    return rmtdamp.lanczos_newton(rate, network.loss_fn, **options)
+
+
+# name -> (rate, method, numbers, network) -> transformation; these take `damping`.
 DAMPED = {
     "adam": _adam,
     "kfac": _kfac,
     "kfac-unclipped": lambda *args: _kfac(*args, kl_clip=None),
 }
-OPTIMIZERS = {
-    "gd": lambda rate, method, numbers, network: optax.sgd(rate),
-    "sgd": lambda rate, method, numbers, network: optax.chain(
-        optax.add_decayed_weights(numbers.weight_decay),
-        optax.sgd(rate, momentum=MOMENTUM),
-    ),
-    "lanczos": lambda rate, method, numbers, network: rmtdamp.lanczos_newton(
-        rate,
-        network.loss_fn,
-        num_steps=50,
-        damping=numbers.damping,
-        sharp_divisor=numbers.sharp_divisor,
-        seed=numbers.seed,
-    ),
-    **DAMPED,
+OPTIMIZERS = DAMPED | {
+    "gd": lambda rate, *_: optax.sgd(rate),
+    "sgd": _sgd,
+    "lanczos": _lanczos,
 }
 
 
 def learner_of(method: Method, numbers: Numbers, network: Network, **options):
     """What measures the damping: the training batch's own eight microbatches."""
-    rule = RULES[method.rule]
-    return rmtdamp.DampingLearner(
-        network.loss_fn, floor=numbers.damping, rule=rule, **options
-    )
+    options |= {"floor": numbers.damping, "rule": RULES[method.rule]}
+    return rmtdamp.DampingLearner(network.loss_fn, **options)
 
 
 def transformation(method: Method, numbers: Numbers, network: Network, in_step=True):
     """The optax transformation; it measures in the step, or never by itself."""
-    learner = learner_of(method, numbers, network) if method.learned else None
-    every = method.every if in_step else None
     if not in_step:
         method = method._replace(factor_every=None)
     rate = SCHEDULES[method.schedule](numbers.learning_rate, numbers.total_steps)
+    learner = learner_of(method, numbers, network)
     if method.layers:
-        inner = adam_per_layer(learner, method.layers, every)
+        inner = adam_per_layer(learner, method.layers, method.every)
         return optax.chain(inner, optax.scale_by_learning_rate(rate))
     tx = OPTIMIZERS[method.optimizer](rate, method, numbers, network)
-    if method.optimizer in DAMPED and learner is not None:
-        tx = rmtdamp.auto_damping(tx, learner, every=every)
-    elif method.optimizer in DAMPED:
-        tx = rmtdamp.set_damping(tx, numbers.damping)
+    if method.optimizer in DAMPED:
+        if method.learned:
+            tx = rmtdamp.auto_damping(
+                tx, learner, every=method.every if in_step else None
+            )
+        else:
+            tx = rmtdamp.set_damping(tx, numbers.damping)
     return optax.with_extra_args_support(tx)
 
 
 def refreshed(method, numbers, network, opt_state, step, params, batch, loss_args):
     """The state after the measurements that are due at this step, made by hand."""
+    here = params, batch, loss_args
     if method.optimizer.startswith("kfac") and step % method.factor_every == 0:
         eigen = step % method.eigen_every == 0
-        opt_state = refresh_factors(
-            network, opt_state, params, batch, loss_args, eigen=eigen
-        )
+        opt_state = refresh_factors(network, opt_state, *here, eigen=eigen)
     if method.learned and step % method.every == 0:
         learner = learner_of(method, numbers, network)
-        opt_state = refresh_damping(opt_state, learner, params, batch, loss_args)
+        opt_state = refresh_damping(opt_state, learner, *here)
     return opt_state
 
 
 def refresh_factors(network, opt_state, params, batch, loss_args, **options):
     """KFAC's factors, measured now."""
-    return rmtdamp.refresh_factors(
-        opt_state, network.factors_fn, params, batch, loss_args=loss_args, **options
-    )
+    here = network.factors_fn, params, batch
+    return rmtdamp.refresh_factors(opt_state, *here, loss_args=loss_args, **options)
 
 
 def refresh_damping(opt_state, learner, params, batch, loss_args, **options):
     """The damping, measured now."""
-    return rmtdamp.refresh_damping(
-        opt_state, learner, params, batch, loss_args=loss_args, **options
-    )
+    here = learner, params, batch
+    return rmtdamp.refresh_damping(opt_state, *here, loss_args=loss_args, **options)
 
 
 def dampings(opt_state, name="damping") -> list:

@@ -7,6 +7,7 @@ numbers, because seeds are part of what is asked for.
 """
 
 import functools
+import itertools
 import json
 import pathlib
 import time
@@ -29,6 +30,14 @@ class Run(NamedTuple):
     def key(self) -> str:
         """What identifies the run."""
         return json.dumps(self.config, sort_keys=True)
+
+
+def runs_of(function: Callable[..., Row], config: Row, **axes: Iterable) -> list[Run]:
+    """A run for every combination of the axes' values, the first axis slowest."""
+    values = itertools.product(*axes.values())
+    return [
+        Run(function, {**config, **dict(zip(axes, x, strict=True))}) for x in values
+    ]
 
 
 def rounded(values) -> list[float]:
@@ -86,25 +95,18 @@ def perform(
     name: str, runs: list[Run], folder: pathlib.Path, results: pathlib.Path
 ) -> list[Row]:
     """Make every run that is not there yet, and return all rows in the order asked."""
-    columns = (
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-    )
-    with rich.progress.Progress(*columns) as progress:
-        for run in progress.track(runs, description=name):
-            path = path_of(run.function, results)
-            # Read anew each time: another process may be making runs too.
-            if run.key in load(path):
-                continue
-            start = time.perf_counter()
-            result = run.function(folder, **run.config)
-            result.setdefault("seconds", round(time.perf_counter() - start, 1))
-            if shared := sorted(set(result) & set(run.config)):
-                raise ValueError(
-                    f"{run.function.__name__} returns {', '.join(shared)}, which "
-                    "its config holds too: give the result another name"
-                )
-            save(path, run, result)
+    for run in rich.progress.track(runs, description=name):
+        path = path_of(run.function, results)
+        # Read anew each time: another process may be making runs too.
+        if run.key in load(path):
+            continue
+        start = time.perf_counter()
+        result = run.function(folder, **run.config)
+        result.setdefault("seconds", round(time.perf_counter() - start, 1))
+        if shared := sorted(set(result) & set(run.config)):
+            raise ValueError(
+                f"{run.function.__name__} returns {', '.join(shared)}, which its "
+                "config holds too: give the result another name"
+            )
+        save(path, run, result)
     return finished(runs, results)

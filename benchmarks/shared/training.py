@@ -21,23 +21,18 @@ import optax
 from flax import nnx
 
 import rmtdamp.flax
+from rmtdamp import hessian
 from rmtdamp.demo._data import load_digits
 from rmtdamp.demo._train import cross_entropy, scalar
 
-from .data import augment, load, load_text, standardise, take
-from .models import build
-from .optimizers import (
-    Method,
-    Network,
-    Numbers,
-    dampings,
-    refreshed,
-    transformation,
-)
+from . import data, models
+from .layers import split_layers
+from .optimizers import Method, Network, Numbers, dampings, refreshed, transformation
 from .runs import Row, rounded
 
 LENGTH = 64  # of a text's windows
 CURVES = ("train_loss", "train_error", "test_loss", "test_error")
+NUM_CURVATURE_EXAMPLES, NUM_PRODUCTS = 256, 12  # for lambda_1
 
 
 class Task(NamedTuple):
@@ -62,7 +57,7 @@ def data_of(folder: pathlib.Path, task: Task):
         parts = [(x.reshape(-1, 8, 8, 1), y) for x, y in found[1:3]]
         return jax.device_put(tuple(parts)), found.num_classes
     if task.dataset == "tinyshakespeare":
-        *texts, vocabulary = load_text(folder)
+        *texts, vocabulary = data.load_text(folder)
 
         def windows(tokens, num):
             rows = tokens[: len(tokens) // (LENGTH + 1) * (LENGTH + 1)]
@@ -71,22 +66,19 @@ def data_of(folder: pathlib.Path, task: Task):
 
         parts = map(windows, texts, (task.num_train, task.num_test))
         return jax.device_put(tuple(parts)), len(vocabulary)
-    full = load(task.dataset, folder, coarse=task.coarse)
+    full = data.load(task.dataset, folder, coarse=task.coarse)
     if (num := task.num_classes) is not None:
-        kept = lambda x, y: (x[y < num], y[y < num])
-        full = full._replace(
-            train=kept(*full.train), test=kept(*full.test), num_classes=num
-        )
-    found = take(full, num_train=task.num_train, num_test=task.num_test)
-    return jax.device_put(standardise(found, pool=task.pool)), found.num_classes
+        train, test = ((x[y < num], y[y < num]) for x, y in full[1:3])
+        full = full._replace(train=train, test=test, num_classes=num)
+    found = data.take(full, num_train=task.num_train, num_test=task.num_test)
+    parts = data.standardise(found, pool=task.pool)
+    return jax.device_put(parts), found.num_classes
 
 
 def model_of(task: Task, num_classes: int, shape, seed: int) -> nnx.Module:
     """The task's model, fresh."""
-    rngs = nnx.Rngs(seed)
-    return build(
-        task.model, num_classes=num_classes, shape=shape, width=task.width, rngs=rngs
-    )
+    options = {"num_classes": num_classes, "shape": shape, "width": task.width}
+    return models.build(task.model, **options, rngs=nnx.Rngs(seed))
 
 
 @functools.cache
@@ -128,35 +120,35 @@ def step(network, tx, carry, batch):
         return value, (nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param))),)
 
     (value, new), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    updates, opt_state = tx.update(
-        grads, opt_state, params, batch=batch, loss_args=loss_args
-    )
+    extra = {"batch": batch, "loss_args": loss_args}
+    updates, opt_state = tx.update(grads, opt_state, params, **extra)
     return (optax.apply_updates(params, updates), new, opt_state), value
 
 
-def pick(data, rows, key, count, augmented=False):
+def pick(data_, rows, key, count, augmented=False):
     """The batch of these rows; all data where there are none."""
     if rows.size == 0:
-        return data
-    batch = jax.tree.map(lambda x: x[rows], data)
+        return data_
+    inputs, labels = data_[0][rows], data_[1][rows]
     if not augmented:
-        return batch
+        return inputs, labels
     key = jax.random.fold_in(key, count)
-    return augment(key, batch[0], pad=batch[0].shape[1] // 8), batch[1]
+    return data.augment(key, inputs, pad=inputs.shape[1] // 8), labels
 
 
-def take_steps(network, tx, carry, data, rows, key, first=0, augmented=False):
+def take_steps(network, tx, carry, data_, rows, key, first=0, augmented=False):
     """A scan over `rows`, (steps, batch size): the carry at its end, all losses."""
-    batch = lambda at: pick(data, *at[:1], key, at[1], augmented)
-    counts = first + jnp.arange(len(rows))
-    one = lambda carry, at: step(network, tx, carry, batch(at))
-    return jax.lax.scan(one, carry, (rows, counts))
+
+    def one(carry, at):
+        return step(network, tx, carry, pick(data_, at[0], key, at[1], augmented))
+
+    return jax.lax.scan(one, carry, (rows, first + jnp.arange(len(rows))))
 
 
 @functools.partial(jax.jit, static_argnames=("method", "network", "augmented"))
-def _scanned(method, network, numbers, carry, data, rows, key, first, augmented):
+def _scanned(method, network, numbers, carry, data_, rows, key, first, augmented):
     tx = transformation(method, numbers, network)
-    return take_steps(network, tx, carry, data, rows, key, first, augmented)[0]
+    return take_steps(network, tx, carry, data_, rows, key, first, augmented)[0]
 
 
 _pick = jax.jit(pick, static_argnames="augmented")
@@ -169,14 +161,15 @@ def stepped(method, network, numbers, carry, batch):
     return step(network, tx, carry, batch)[0]
 
 
-def _by_hand(method, network, numbers, carry, data, rows, key, first, augmented):
+def _by_hand(method, network, numbers, carry, data_, rows, key, first, augmented):
     for count, some in enumerate(rows, first):
-        batch = _pick(data, some, key, count, augmented=augmented)
+        batch = _pick(data_, some, key, count, augmented=augmented)
         params, loss_args, opt_state = carry
         opt_state = refreshed(
             method, numbers, network, opt_state, count, params, batch, loss_args
         )
-        carry = stepped(method, network, numbers, (*carry[:2], opt_state), batch)
+        carry = params, loss_args, opt_state
+        carry = stepped(method, network, numbers, carry, batch)
     return carry
 
 
@@ -192,14 +185,12 @@ def judge(network, params, loss_args, batch):
 _judge = jax.jit(judge, static_argnames="network")
 
 
-def evaluate(network, params, loss_args, data, size=1000):
+def evaluate(network, params, loss_args, data_, size=1000):
     """(mean loss, error) over a data set."""
-    parts = range(0, len(data[1]), size)
-    sums = [
-        _judge(network, params, loss_args, tuple(x[i : i + size] for x in data))
-        for i in parts
-    ]
-    return np.sum(sums, axis=0, dtype=float) / data[1].size
+    starts = range(0, len(data_[1]), size)
+    parts = [tuple(x[i : i + size] for x in data_) for i in starts]
+    sums = [_judge(network, params, loss_args, part) for part in parts]
+    return np.sum(sums, axis=0, dtype=float) / data_[1].size
 
 
 class Trained(NamedTuple):
@@ -214,21 +205,11 @@ class Trained(NamedTuple):
 
 
 def fit(
-    folder: pathlib.Path,
-    task: Task,
-    method: Method,
-    *,
-    learning_rate: float,
-    damping: float,
-    epochs: int,
-    seed: int,
-    batch_size: int = 128,
-    weight_decay: float = 0.0,
-    eval_every: int | None = None,
-    num_evaluations: int | None = None,
-    by_hand: bool = True,
-    factor: float = 1.0,
-) -> Trained:
+    folder: pathlib.Path, task: Task, method: Method, *, learning_rate: float,
+    damping: float, epochs: int, seed: int, batch_size: int = 128,
+    weight_decay: float = 0.0, eval_every: int | None = None,
+    num_evaluations: int | None = None, by_hand: bool = True, factor: float = 1.0,
+) -> Trained:  # fmt: skip
     """Train, evaluating every so many epochs and at the end, or so many times.
 
     A run that is evaluated a number of times ends with the last of these, and of the
@@ -239,19 +220,18 @@ def fit(
     (train, test), network, params, loss_args, _ = found
     num, num_batches = len(train[1]), len(train[1]) // batch_size
     if num_evaluations is None:
-        every = range(1, epochs + 1) if epochs else ()
-        ends = [n for n in every if n == epochs or (eval_every and n % eval_every == 0)]
-        ends, judged = [n * num_batches for n in ends], train
+        every, judged = eval_every or epochs, train
+        seen = [n for n in range(1, epochs + 1) if n == epochs or n % every == 0]
+        ends = [n * num_batches for n in seen]
     else:
         per = epochs * num_batches // num_evaluations
         ends = [per * (i + 1) for i in range(num_evaluations)]
         judged = tuple(x[: len(test[1])] for x in train)
-    total_steps = ends[-1] if ends else 0
     rng, key = np.random.default_rng(seed), jax.random.key(seed)
     order = [rng.permutation(num)[: num_batches * batch_size] for _ in range(epochs)]
-    numbers = Numbers(learning_rate, damping, total_steps, weight_decay)
-    opt_state = transformation(method, numbers, network, not by_hand).init(params)
-    carry = params, loss_args, opt_state
+    numbers = Numbers(learning_rate, damping, ends[-1] if ends else 0, weight_decay)
+    tx = transformation(method, numbers, network, in_step=not by_hand)
+    carry = params, loss_args, tx.init(params)
     advance = _by_hand if by_hand else _scanned
     curves: Row = {name: [] for name in ("step", *CURVES, "damping", "variance")}
     for start, end in itertools.pairwise([0, *ends]):
@@ -259,11 +239,57 @@ def fit(
         carry = advance(
             method, network, numbers, carry, train, rows, key, start, task.augmented
         )
-        seen = np.ravel([evaluate(network, *carry[:2], x) for x in (judged, test)])
-        new = [end, *rounded(seen), [*map(float, dampings(carry[2]))]]
+        scores = np.ravel([evaluate(network, *carry[:2], x) for x in (judged, test)])
+        new = [end, *rounded(scores), rounded(dampings(carry[2]))]
         new += [None if method.layers else scalar(carry[2], "measured_variance")]
         for name, value in zip(curves, new, strict=True):
             curves[name].append(value)
-        if by_hand and not math.isfinite(seen[0]):
+        if by_hand and not math.isfinite(scores[0]):
             break
     return Trained(network, *carry, (train, test), curves)
+
+
+def largest(done: Trained) -> float:
+    """lambda_1 of the Hessian of the first 256 training images, by Lanczos."""
+    batch = tuple(x[:NUM_CURVATURE_EXAMPLES] for x in done.data[0])
+    loss_fn, params = done.network.loss_fn, done.params
+    matvec = hessian.hessian_matvec(loss_fn, params, batch, loss_args=done.loss_args)
+    sizes = {"num_steps": NUM_PRODUCTS, "num_probes": 1}
+    found = hessian.spectral_density(matvec, params, jax.random.key(0), **sizes)
+    return float(found.nodes.max())
+
+
+def train(
+    folder: pathlib.Path, *, task: Row, method: Row, batch_size: int, eval_every=1,
+    with_spectral_norm=False, **numbers,
+) -> Row:  # fmt: skip
+    """Measured by hand; its curves by epoch, and lambda_1 at the end if asked for."""
+    numbers |= {"batch_size": batch_size, "eval_every": eval_every}
+    made = Task(**task), Method(**method)
+    done = fit(folder, *made, **numbers)
+    seen, per = done.curves, len(done.data[0][1]) // batch_size
+    row: Row = {"epoch": [n / per for n in seen["step"]]}
+    row |= {name: seen[name] for name in CURVES}
+    row["damping_curve"] = [x[0] if x else None for x in seen["damping"]]
+    row["measured_variance"] = [
+        None if x is None else rounded(x)[0] for x in seen["variance"]
+    ]
+    return row | ({"spectral_norm": largest(done)} if with_spectral_norm else {})
+
+
+def train_scanned(
+    folder: pathlib.Path, *, task: Row, method: Row, loss_factor: float = 1.0,
+    layers: str | None = None, **numbers,
+) -> Row:  # fmt: skip
+    """A network without convolutions, measured in the step, judged ten times.
+
+    The damping's curve is that of each layer if `layers` has it learned so.
+    """
+    numbers |= {"factor": loss_factor, "num_evaluations": 10, "by_hand": False}
+    made = Task(**task), Method(**method, layers=layers)
+    done = fit(folder, *made, **numbers)
+    row = {name: done.curves[name] for name in ("step", *CURVES)}
+    curves = np.transpose(done.curves["damping"]).tolist()
+    names = sorted(split_layers(done.params)) if layers else ()
+    row["damping_curve"] = dict(zip(names, curves)) if layers else curves[0]  # noqa: B905
+    return row | {"refused": int(sum(dampings(done.opt_state, "refresh_rejections")))}

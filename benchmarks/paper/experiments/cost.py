@@ -1,30 +1,22 @@
 """Section 7.1: what learning the damping costs, and whether cheaper estimates do."""
 
 import functools
+import itertools
 import math
 import pathlib
 
 import jax
 import numpy as np
 
-from benchmarks.paper._experiment import Conclusion, Experiment
-from benchmarks.paper._train import train
-from benchmarks.shared.checks import cell, difference, error, groups, mean
-from benchmarks.shared.figures import Line, bars, curves
-from benchmarks.shared.optimizers import (
-    Method,
-    Numbers,
-    learner_of,
-    refresh_damping,
-    refresh_factors,
-    transformation,
-)
-from benchmarks.shared.runs import Row, Run
-from benchmarks.shared.timing import compare, rotate
-from benchmarks.shared.training import Task, data_of, fit, prepare, stepped
+from benchmarks.costs.timing import compare, rotate
+from benchmarks.paper._experiment import Experiment
+from benchmarks.shared import optimizers, report, training
+from benchmarks.shared.claims import Check, by, difference, ends, error, mean, sign
+from benchmarks.shared.optimizers import Method, Numbers
+from benchmarks.shared.runs import Row, Run, runs_of
 from rmtdamp import hessian
 
-from . import _vgg
+from . import vgg
 
 BATCH_SIZE = 128
 NUM_SCANNED = 78  # batches of 128 out of 10,000 examples
@@ -46,45 +38,43 @@ def epoch_time(
 
     The scan is timed on `batches_per_call` of its 78 batches.
     """
-    (data, _), network, params, loss_args, _ = prepare(folder, Task(**task), seed, True)
+    prepared = training.prepare(folder, training.Task(**task), seed, True)
+    (data, _), network, params, loss_args, _ = prepared
     batch = tuple(x[:BATCH_SIZE] for x in data)
     sample = tuple(x[: batches_per_call * BATCH_SIZE] for x in data)
     # A rate of nearly 0: it is one batch over and over.
-    numbers = Numbers(1e-9, 1e-2, 1)
+    numbers, here = Numbers(1e-9, 1e-2, 1), (params, batch, loss_args)
     method = lambda name, learned=False: Method(name, "constant", learned)
-    learner = functools.partial(learner_of, method("adam", True), numbers, network)
+    learned = method("adam", True)
+    learner = functools.partial(optimizers.learner_of, learned, numbers, network)
 
-    def carry_of(method):
-        tx = transformation(method, numbers, network, in_step=False)
-        return params, loss_args, tx.init(params)
+    def state_of(method):
+        tx = optimizers.transformation(method, numbers, network, in_step=False)
+        return tx.init(params)
 
     def steps(method):
-        carry = carry_of(method)
+        carry = params, loss_args, state_of(method)
 
         def run():
             nonlocal carry
             for _ in range(NUM_STEPS):
-                carry = stepped(method, network, numbers, carry, batch)
+                carry = training.stepped(method, network, numbers, carry, batch)
             jax.block_until_ready(carry)
 
         return run
 
     def refresh(learner, sample=None):
-        opt_state, given = (
-            carry_of(method("adam", True))[2],
-            {"curvature_batch": sample},
+        found = functools.partial(
+            optimizers.refresh_damping, state_of(learned), learner
         )
-        return lambda: jax.block_until_ready(
-            refresh_damping(opt_state, learner, params, batch, loss_args, **given)
-        )
+        return lambda: jax.block_until_ready(found(*here, curvature_batch=sample))
 
     def factors(eigen):
-        opt_state = carry_of(method("kfac"))[2]
-        return lambda: jax.block_until_ready(
-            refresh_factors(network, opt_state, params, batch, loss_args, eigen=eigen)
-        )
+        state = state_of(method("kfac"))
+        found = functools.partial(optimizers.refresh_factors, network, state)
+        return lambda: jax.block_until_ready(found(*here, eigen=eigen))
 
-    own, learned = refresh(learner()), steps(method("adam", True))
+    own, learning = refresh(learner()), steps(learned)
     calls = {
         "adam": steps(method("adam")),
         "kfac": steps(method("kfac")),
@@ -92,14 +82,14 @@ def epoch_time(
         "eigenvectors": factors(True),
         "own": own,
         "scan": refresh(learner(num_microbatches=batches_per_call), sample),
-        "adam, own": lambda: (own(), learned()),
+        "adam, own": lambda: (own(), learning()),
     }
     for call in calls.values():
         call()
     times = rotate(calls, rounds, "pieces of an epoch")
-    num_parameters = sum(x.size for x in jax.tree.leaves(params))
     times = {name: [float(f"{x:.4g}") for x in found] for name, found in times.items()}
-    return {"times": times, "num_parameters": num_parameters}
+    size = sum(x.size for x in jax.tree.leaves(params))
+    return {"times": times, "num_parameters": size}
 
 
 def agreement(
@@ -109,13 +99,10 @@ def agreement(
 
     A probe for each batch, `num_probes` for the scan.
     """
-    method, numbers = (
-        Method("adam", "constant"),
-        {"learning_rate": 1e-3, "damping": 1e-4},
-    )
-    done = fit(folder, Task(**task), method, **numbers, epochs=epochs, seed=seed)
-    (data, _), _ = data_of(folder, Task(**task))
-    rng = np.random.default_rng(seed)
+    made = training.Task(**task), Method("adam", "constant")
+    numbers = {"learning_rate": 1e-3, "damping": 1e-4, "epochs": epochs, "seed": seed}
+    done = training.fit(folder, *made, **numbers)
+    data, rng = done.data[0], np.random.default_rng(seed)
     keys = jax.random.split(jax.random.key(seed), num_batches + 1)
 
     def measure(key, size, **options):
@@ -128,25 +115,17 @@ def agreement(
     own = [float(measure(k, BATCH_SIZE, **options).variance) for k in keys[1:]]
     options = {"num_microbatches": NUM_SCANNED, "num_probes": num_probes}
     scan = measure(keys[0], NUM_SCANNED * BATCH_SIZE, **options)
-    return {
-        "own": own,
-        "scan": float(scan.variance),
-        "scan_error": float(scan.variance_stderr),
-    }
+    found = {"scan": float(scan.variance), "scan_error": float(scan.variance_stderr)}
+    return {"own": own, **found}
 
 
-def _runs(scale):
+def _runs():
     mlp = MLP | {"num_train": 10_000}
     timed = [
         Run(epoch_time, {"task": task, "batches_per_call": n, "rounds": 15, "seed": 0})
-        for task, n in ((mlp, NUM_SCANNED), (_vgg.SMALL, 3))
+        for task, n in ((mlp, NUM_SCANNED), (vgg.TASK, 3))
     ]
-    sizes = {"num_batches": 16, "num_probes": 16}
-    compared = [
-        Run(agreement, {"task": mlp, "epochs": n, "seed": seed, **sizes})
-        for seed in SEEDS
-        for n in EPOCHS
-    ]
+    sizes = {"task": mlp, "num_batches": 16, "num_probes": 16}
     common = {"task": MLP | {"num_train": 5000}, "learning_rate": RATE}
     common |= {"damping": FLOOR, "epochs": 15, "batch_size": BATCH_SIZE}
     methods = [
@@ -154,12 +133,10 @@ def _runs(scale):
         for optimizer in NAMES
         for gap in GAPS
     ]
-    trained = [
-        Run(train, {**common, "method": method, "seed": seed})
-        for seed in SEEDS
-        for method in methods
-    ]
-    return timed + compared + trained
+    compared = runs_of(agreement, sizes, seed=SEEDS, epochs=EPOCHS)
+    return (
+        timed + compared + runs_of(training.train, common, seed=SEEDS, method=methods)
+    )
 
 
 def _hundred_steps(row, optimizer):
@@ -171,165 +148,75 @@ def _hundred_steps(row, optimizer):
     return total
 
 
-def _refresh(row, kind):
-    """Seconds of one refresh, round by round."""
-    times = np.array(row["times"][kind])
-    return times * NUM_SCANNED / row["batches_per_call"] if kind == "scan" else times
+def ratio_of(row, optimizer, kind, gap):
+    """`compare` of an epoch with and without the learner."""
+    plain, refresh = _hundred_steps(row, optimizer), np.array(row["times"][kind])
+    if kind == "scan":
+        refresh = refresh * NUM_SCANNED / row["batches_per_call"]
+    return compare(plain, plain + 100 / gap * refresh)
 
 
-def _name(row):
-    return "MLP" if row["task"]["model"] == "mlp" else "VGG-16, narrow"
+def _score(row):
+    """(own, its error, scan, z) of a comparison."""
+    own, spread = mean(row["own"]), error(row["own"])
+    z = (own - row["scan"]) / (spread**2 + row["scan_error"] ** 2) ** 0.5
+    return own, spread, row["scan"], z
 
 
-def ratios_of(timed):
-    """{(model, optimizer, kind, gap): `compare` of an epoch with and without}."""
-    found = {}
-    for row in timed:
+def _heads(row):
+    """The three kinds of runs; the table is about the first."""
+    if method := row.get("method"):
+        return {"optimiser": method["optimizer"], "gap": method["every"]}
+    return {"kind": "times" if "times" in row else "variances"}
+
+
+def _table(found):
+    table = []
+    for row in found["times"]:
         for optimizer in NAMES:
-            plain = _hundred_steps(row, optimizer)
-            for kind in KINDS:
-                for gap in GAPS:
-                    other = plain + 100 / gap * _refresh(row, kind)
-                    key = _name(row), optimizer, kind, gap
-                    found[key] = compare(list(plain), list(other))
-    return found
+            name = "MLP" if row["task"]["model"] == "mlp" else "VGG-16, narrow"
+            line = {"model": name, "optimiser": NAMES[optimizer]}
+            line["s per 100 steps"] = float(np.median(_hundred_steps(row, optimizer)))
+            for kind, gap in itertools.product(KINDS, GAPS):
+                ratio = report.interval(ratio_of(row, optimizer, kind, gap))
+                line[f"time, {KINDS[kind]}, gap {gap}"] = ratio
+            table.append(line)
+    return table
 
 
-def _table(timed, ratios):
-    shown = lambda r: f"{r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f})"
-    cells = lambda *case: {
-        f"time, {KINDS[kind]}, gap {gap}": shown(ratios[*case, kind, gap])
-        for kind in KINDS
-        for gap in GAPS
-    }
-    return [
-        {
-            "model": _name(row),
-            "optimiser": NAMES[optimizer],
-            "s per 100 steps": float(np.median(_hundred_steps(row, optimizer))),
-            **cells(_name(row), optimizer),
-        }
-        for row in timed
-        for optimizer in NAMES
-    ]
-
-
-def _scores(compared):
-    """(own, its error, scan, z) of every comparison."""
-    scores = []
-    for row in compared:
-        own, spread = mean(row["own"]), error(row["own"])
-        z = (own - row["scan"]) / (spread**2 + row["scan_error"] ** 2) ** 0.5
-        scores.append((own, spread, row["scan"], z))
-    return scores
-
-
-def _compared(compared):
-    """What was found at each epoch, as findings."""
-    found = {}
-    for (epochs,), of in groups(compared, "epochs").items():
-        scores = _scores(of)
-        own, scan = mean([s[0] for s in scores]), mean([s[2] for s in scores])
-        one = mean([float(np.std(r["own"], ddof=1)) for r in of])
-        found[f"variance after {epochs} epochs: own, scan"] = [
-            f"{own:.3g}",
-            f"{scan:.3g}",
-            f"ratio {cell([s[0] / s[2] for s in scores], 2)}",
-            f"z {', '.join(f'{s[3]:.1f}' for s in scores)}",
-            f"one refresh's own is off by {100 * one / own:.0f} %",
-        ]
-    return found
-
-
-def _gaps(trained):
-    """{(optimizer, name): the values at gap 10, at gap 100}."""
-    ends = lambda optimizer, gap, name: [
-        r[name][-1]
-        for r in trained
-        if (r["method"]["optimizer"], r["method"]["every"]) == (optimizer, gap)
-    ]
-    return {
-        (optimizer, name): [ends(optimizer, gap, name) for gap in GAPS]
-        for optimizer in NAMES
-        for name in ("train_loss", "test_loss", "damping_curve")
-    }
-
-
-def _same(short, long):
-    off, its_error = difference(short, long)
-    return abs(off) <= max(2 * its_error, SAME * mean(long))
-
-
-def _parts(rows):
-    return tuple([r for r in rows if name in r] for name in ("times", "own", "method"))
-
-
-def _conclude(rows):
-    timed, compared, trained = _parts(rows)
-    ratios, gaps, scores = ratios_of(timed), _gaps(trained), _scores(compared)
-    rms = float(np.sqrt(np.mean([s[3] ** 2 for s in scores])))
-    factor = float(np.exp(np.mean([np.log(s[0] / s[2]) for s in scores])))
+def _checks(found):
     # The paper's own case is KFAC.
-    doubled = [r["ratio"] for k, r in ratios.items() if k[1:] == ("kfac", "scan", 100)]
-    checks = [
-        bool(max(doubled) <= TWICE),
-        all(bool(_same(*v)) for k, v in gaps.items() if k[1] != "damping_curve"),
-        rms <= 2 and 1 / NEAR <= factor <= NEAR,
-    ]
-    findings = {}
-    for kind in KINDS:
-        for gap in GAPS:
-            found = [r["ratio"] for k, r in ratios.items() if k[2:] == (kind, gap)]
-            what = f"time of an epoch, {KINDS[kind]}, gap {gap}, over without"
-            findings[f"{what} (least, largest)"] = [min(found), max(found)]
-    added = lambda t: np.subtract(t["adam, own"], t["adam"]) / t["own"]
-    findings["a refresh within ten steps over one by itself"] = [
-        f"{_name(row)}: {np.median(added(row['times'])):.2f}" for row in timed
-    ]
-    for (optimizer, name), (short, long) in gaps.items():
-        what = f"{NAMES[optimizer]}, {name.replace('_', ' ')}"
-        change = "{:+.4f} ± {:.4f}".format(*difference(short, long))
-        findings[f"{what} at gap 10, at 100, difference"] = [
-            cell(short, 4),
-            cell(long, 4),
-            change,
-        ]
-    findings |= _compared(compared)
-    findings |= {"own over scan, mean": factor, "root mean square of z": rms}
-    return Conclusion(_table(timed, ratios), findings, checks)
+    ratios = [ratio_of(row, "kfac", "scan", 100)["ratio"] for row in found["times"]]
+    text = "With a scan every 100 steps KFAC's epoch takes at most 2.2 times as long"
+    checks = [Check(text, max(ratios), None, max(ratios) <= TWICE)]
+    for optimizer, name in itertools.product(NAMES, ("train_loss", "test_loss")):
+        short, long = (ends(found[optimizer, gap], name) for gap in GAPS)
+        change = difference(short, long)
+        same = not sign(short, long) or abs(change[0]) <= SAME * mean(long)
+        text = f"{NAMES[optimizer]}'s final {name.replace('_', ' ')} is the same"
+        checks.append(Check(f"{text} at gaps 10 and 100, or within 1 %", *change, same))
+    scores = list(map(_score, found["variances"]))
+    rms = math.sqrt(mean([s[3] ** 2 for s in scores]))
+    factor = math.exp(mean([math.log(s[0] / s[2]) for s in scores]))
+    agree = rms <= 2 and 1 / NEAR <= factor <= NEAR
+    text = f"Own microbatches and a scan agree (z {rms:.1f}): the one over the other"
+    return [*checks, Check(text, factor, None, agree)]
 
 
-def _draw(rows):
-    timed, compared, trained = _parts(rows)
-    times: Row = {}
-    for (model, optimizer, kind, gap), r in ratios_of(timed).items():
-        category = f"{model.split(',')[0]}\n{NAMES[optimizer]}"
-        of = times.setdefault(f"{KINDS[kind]}, gap {gap}", {})
-        of[category] = r["ratio"], (r["high"] - r["low"]) / 3.92
-    variances: Row = {}
-    for (epochs,), of in groups(compared, "epochs").items():
-        for i, name in ((0, "own, 16 batches"), (2, KINDS["scan"])):
-            values = [s[i] for s in _scores(of)]
-            found = variances.setdefault(name, {})
-            found[f"{epochs}"] = mean(values), error(values)
+def _times(rows):
+    of = by(rows, lambda row: _heads(row).get("kind"))
+    names = [f"time, {KINDS[kind]}, gap {gap}" for kind in KINDS for gap in GAPS]
+    heads = ("model", "optimiser")
+    yield report.bars(_table(of), names, heads, yscale="log", title="time / without")
+    scores = [(row["epochs"], _score(row)) for row in of["variances"]]
     lines = [
-        Line(
-            f"{NAMES[m['optimizer']]}, gap {m['every']}",
-            found[0]["epoch"],
-            np.mean([r["test_loss"] for r in found], axis=0),
-        )
-        for found in groups(
-            [r | {"key": str(r["method"])} for r in trained], "key"
-        ).values()
-        for m in [found[0]["method"]]
+        report.Line(name, [n for n, _ in scores], [s[i] for _, s in scores], style)
+        for name, i, style in (("own", 0, "o"), ("scan", 2, "s"))
     ]
-    over = {"yscale": "log", "title": "time of an epoch / without"}
-    axes = {"yscale": "log", "xlabel": "epoch", "title": "variance (eq. 15), MLP"}
-    return [
-        bars(times, 2.0, **over),
-        bars(variances, math.nan, **axes),
-        curves(lines, xlabel="epoch", title="test loss, MLP"),
-    ]
+    yield report.curves(lines, xlabel="epoch", title="variance (eq. 15)", yscale="log")
+    losses = by(of[None], lambda row: "{optimiser}, gap {gap}".format_map(_heads(row)))
+    yield report.training(losses, "test_loss")
 
 
-EXPERIMENTS = [Experiment("cost", _runs, _conclude, _draw)]
+_none = lambda key, found: None
+EXPERIMENTS = [Experiment("cost", _runs, _heads, _none, _checks, [_times], _table)]

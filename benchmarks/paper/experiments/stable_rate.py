@@ -1,51 +1,30 @@
 """Section 8: the largest stable learning rates, found on a grid and predicted."""
 
+import itertools
 import math
-import operator
+from operator import itemgetter
 
-from benchmarks.paper._experiment import Conclusion, Experiment
+from benchmarks.paper._experiment import Experiment
 from benchmarks.paper._stability import sharpness, stable_rate
-from benchmarks.shared.checks import error, groups, mean
-from benchmarks.shared.figures import Line, bars, curves
+from benchmarks.shared import report
+from benchmarks.shared.claims import Check, by, error, mean, trend
 from benchmarks.shared.runs import Run
-
-from . import _vgg
 
 SEEDS = (0, 1, 2)
 # (optimiser, damping) -> the exponent, in sixths, of its grid's first rate
-FIRST = {
-    ("sgd", 0.0): -9,
-    ("adam", 1e-4): -14,
-    ("adam", 0.01): -12,
-    ("adam", 1.0): -5,
-    ("kfac", 0.01): -15,
-    ("kfac", 1.0): -9,
-    ("kfac-clipped", 0.01): -9,
-    ("kfac-clipped", 1.0): -9,
-}
+FIRST = {("sgd", 0.0): -9, ("adam", 1e-4): -14, ("adam", 0.01): -12, ("adam", 1.0): -5}
+FIRST |= {("kfac", 0.01): -15, ("kfac", 1.0): -9}
+FIRST |= {("kfac-clipped", 0.01): -9, ("kfac-clipped", 1.0): -9}
 NUM_RATES = 15
 MODERATE, LIMIT = 0.25, 1.0  # of the first prediction
 COMMON = (0.01, 1.0)  # dampings of both Adam and KFAC
 LEARNED = 0.9  # of log(num_classes): below it a run has learned something
 NAMES = {"sgd": "SGD", "adam": "Adam", "kfac": "KFAC", "kfac-clipped": "KFAC, KL clip"}
-_first = operator.itemgetter(0)
 SMALL = {"dataset": "fashion-mnist", "model": "mlp", "width": 0.25, "pool": 2}
 SMALL |= {"num_train": 500, "num_test": 100}
-FULL_STEPS = 300 * (50_000 // 128)
-PATH = {
-    "small": {
-        "task": SMALL,
-        "at": [0, 10, 20, 40, 100],
-        "batch_size": None,
-        "num_examples": None,
-    },
-    "full": {
-        "task": _vgg.FULL,
-        "at": [0, 390, 3900, 39_000, FULL_STEPS],
-        "batch_size": 128,
-        "num_examples": 512,
-    },
-}
+PATH = {"task": SMALL, "batch_size": None, "num_examples": None}
+PATH |= {"at": [0, 10, 20, 40, 100]}
+GRID = {"task": SMALL, "steps": 300, "schedule": "constant"}
 
 
 def rates_from(first, num) -> list[float]:
@@ -53,30 +32,17 @@ def rates_from(first, num) -> list[float]:
     return [float(f"{10 ** (k / 6):.3g}") for k in range(first, first + num)]
 
 
-def _runs(scale):
+def _runs():
     runs = []
-    for seed in SEEDS if scale == "small" else SEEDS[:1]:
-        for optimizer, damping in FIRST:
-            method = {"optimizer": optimizer, "damping": damping, "seed": seed}
-            runs += _grids(scale, method)
-            if optimizer != "kfac-clipped":
-                runs += [
-                    Run(sharpness, method | PATH[scale] | {"fraction": fraction})
-                    for fraction in (MODERATE, LIMIT)
-                ]
+    for seed, ((optimizer, damping), first) in itertools.product(SEEDS, FIRST.items()):
+        method = {"optimizer": optimizer, "damping": damping, "seed": seed}
+        rates = GRID | {"rates": rates_from(first, NUM_RATES)}
+        clipped = optimizer == "kfac-clipped"
+        for size in (100,) if clipped else (None, 100):
+            runs.append(Run(stable_rate, method | rates | {"batch_size": size}))
+        for fraction in () if clipped else (MODERATE, LIMIT):
+            runs.append(Run(sharpness, method | PATH | {"fraction": fraction}))
     return runs
-
-
-def _grids(scale, method):
-    if scale == "full":
-        common = {"task": _vgg.FULL, "batch_size": 128, "steps": FULL_STEPS}
-        common |= {"schedule": "linear"}
-        rates = rates_from(-12, 13)  # 0.01 to 1
-        return [Run(stable_rate, method | common | {"rates": [r]}) for r in rates]
-    rates = rates_from(FIRST[method["optimizer"], method["damping"]], NUM_RATES)
-    common = {"task": SMALL, "steps": 300, "schedule": "constant", "rates": rates}
-    sizes = (100,) if method["optimizer"] == "kfac-clipped" else (None, 100)
-    return [Run(stable_rate, method | common | {"batch_size": n}) for n in sizes]
 
 
 def is_calm(outcome, num_classes) -> bool:
@@ -90,9 +56,6 @@ def has_learned(outcome, num_classes) -> bool:
     return last is not None and last < LEARNED * math.log(num_classes)
 
 
-TESTS = {"calm": is_calm, "learns": has_learned}
-
-
 def largest_stable(rows, stable) -> float:
     """The largest rate that is stable with all rates below it; 0 if there is none."""
     found = 0.0
@@ -104,24 +67,16 @@ def largest_stable(rows, stable) -> float:
     return found
 
 
-def _found(rows):
-    """{(optimizer, damping): {(test, batch size): the rate of every seed}}."""
-    found = {}
-    grids = [r for r in rows if "rates" in r]
-    for (*method, size), of in groups(
-        grids, "optimizer", "damping", "batch_size"
-    ).items():
-        seeds = groups(of, "seed").values()
-        for name, test in TESTS.items():
-            rates = [largest_stable(of_seed, test) for of_seed in seeds]
-            found.setdefault(tuple(method), {})[name, size] = rates
-    return found
-
-
-def _paths(rows, fraction):
-    """{(optimizer, damping): the rows of `sharpness`, one per seed}."""
-    found = [r for r in rows if r.get("fraction") == fraction]
-    return groups(found, "optimizer", "damping")
+def _rates(rows):
+    """{(test, batch size): the largest stable rate of every seed}."""
+    sizes = by([row for row in rows if "rates" in row], itemgetter("batch_size"))
+    seeds = lambda of: by(of, itemgetter("seed")).values()
+    tests = {"calm": is_calm, "learns": has_learned}
+    return {
+        (name, size): [largest_stable(of_seed, test) for of_seed in seeds(of)]
+        for size, of in sizes.items()
+        for name, test in tests.items()
+    }
 
 
 def _calm(row):
@@ -130,15 +85,9 @@ def _calm(row):
     return [m for m in row["measured"] if m["peak"] <= first and m["predicted"]]
 
 
-def _of(path, name, pick):
-    """One number per seed out of those measured along its run."""
-    return [pick([m[name] for m in _calm(r)]) for r in path]
-
-
-def _used(path):
-    """The rate over the prediction of the moment, largest after the start, per run."""
-    later = [[r["rate"] / m["predicted"] for m in _calm(r)[1:]] for r in path]
-    return [max(ratios) for ratios in later if ratios]
+def _first(rows, name):
+    """One number per seed, at the start of its run."""
+    return [r["measured"][0][name] for r in rows if r.get("fraction") == MODERATE]
 
 
 def _cell(values):
@@ -147,104 +96,81 @@ def _cell(values):
     return plain if len(values) < 2 else f"{plain} ± {error(values):.1g}"
 
 
-def _label(method):
-    name = NAMES[method[0]]
-    return name if method[0] == "sgd" else f"{name}, {method[1]:g}"
-
-
-def _batches(size):
-    return "full batch" if size is None else f"batches of {size}"
-
-
-def _table(found, paths, limits):
-    table = []
-    for method, rates in found.items():
-        row = {"optimiser": NAMES[method[0]], "delta": method[1] or None}
-        if method in paths:
-            path, used = paths[method], _used(limits[method])
-            row |= {
-                "predicted at the start": _cell(_of(path, "predicted", _first)),
-                "least predicted on the way": _cell(_of(path, "predicted", min)),
-                "eq. 19 at the start": _cell(_of(path, "bound", _first)),
-                "run at the prediction / that of the moment, most": (
-                    _cell(used) if used else "not calm"
-                ),
-            }
-        row |= {f"{k}, {_batches(n)}": _cell(v) for (k, n), v in rates.items()}
-        table.append(row)
-    return table
-
-
-def _conclude(rows):
-    found, paths = _found(rows), _paths(rows, MODERATE)
-    limits = _paths(rows, LIMIT)
-    sizes = [size for _, size in found["sgd", 0.0]]
-    clean, usual = sizes[0], sizes[-1]  # full-batch, if there is; in batches
-    three = lambda d: (("sgd", 0.0), ("adam", d), ("kfac", d))
-    learns = lambda method: mean(found[method]["learns", usual])
-
-    def over(pick):
-        """The calm rates over the predictions, means over seeds."""
-        pairs = {
-            m: zip(found[m]["calm", clean], _of(path, "predicted", pick), strict=True)
-            for m, path in paths.items()
-        }
-        return {m: mean([a / b for a, b in pair]) for m, pair in pairs.items()}
-
-    ratios, late = over(_first), over(min)
-    seen = [m for path in paths.values() for row in path for m in _calm(row)]
-    slack = [m["bound"] / m["predicted"] for m in seen]
-    used = {m: max(_used(path)) for m, path in limits.items() if _used(path)}
-    orders = [[learns(m) for m in three(d)] for d in COMMON]
-    near = [0.5 <= ratio <= 2 for ratio in ratios.values()]
-    checks = [*(a < b < c for a, b, c in orders), all(near)]
-    listed = lambda ratios: [f"{_label(m)}: {r:.2g}" for m, r in ratios.items()]
-    findings = {
-        f"largest rate that learns, {_batches(usual)}, delta {d:g} (SGD, Adam, KFAC)": [
-            _cell(found[m]["learns", usual]) for m in three(d)
+def _line(key, found):
+    rows, line = found[key], {}
+    if path := [row for row in rows if row.get("fraction") == MODERATE]:
+        least = [min(m["predicted"] for m in _calm(row)) for row in path]
+        later = [
+            [row["rate"] / m["predicted"] for m in _calm(row)[1:]]
+            for row in rows
+            if row.get("fraction") == LIMIT
         ]
-        for d in COMMON
-    } | {
-        f"calm rate ({_batches(clean)}) over the first prediction": listed(ratios),
-        f"calm rate ({_batches(clean)}) over the least prediction": listed(late),
-        "eq. 19 over the prediction, least and largest": [min(slack), max(slack)],
-        "a run at the first prediction, over that of the moment, largest": listed(used),
-        "largest rate at which KFAC with a KL clip of 0.01 learns": min(
-            x for d in COMMON for x in found["kfac-clipped", d]["learns", usual]
+        used = [max(ratios) for ratios in later if ratios]
+        line = {
+            "predicted at the start": _cell(_first(rows, "predicted")),
+            "least predicted on the way": _cell(least),
+            "eq. 19 at the start": _cell(_first(rows, "bound")),
+            "run at the prediction / that of the moment, most": (
+                _cell(used) if used else "not calm"
+            ),
+        }
+    batches = lambda n: "full batch" if n is None else f"batches of {n}"
+    rates = _rates(rows).items()
+    return line | {f"{k}, {batches(n)}": _cell(v) for (k, n), v in rates}
+
+
+def _over(found, name):
+    """The calm rates over what is said of them, means over seeds; full-batch first."""
+    ratios = []
+    for rows in found.values():
+        calm, said = next(iter(_rates(rows).values())), _first(rows, name)
+        if said:
+            ratios.append(mean([a / b for a, b in zip(calm, said, strict=True)]))
+    return ratios
+
+
+def _checks(found):
+    ratios, most = _over(found, "predicted"), max(_over(found, "bound"))
+    near = sum(0.5 <= ratio <= 2 for ratio in ratios)
+    text = (
+        f"Calm rates are within a factor of 2 of the prediction for all {len(ratios)}"
+    )
+    checks = [
+        Check(f"{text} methods: for so many", near, None, near == len(ratios)),
+        Check(
+            "They are below eq. 19's bound: at most so much of it", most, None, most < 1
         ),
-    }
-    return Conclusion(_table(found, paths, limits), findings, checks)
-
-
-def _draw(rows):
-    found, paths = _found(rows), _paths(rows, MODERATE)
-    pair = lambda values: (mean(values), error(values))
-    names = {m: _label(m).replace(", ", "\n") for m in paths}
-    points = {
-        label: {names[m]: pair(_of(path, what, pick)) for m, path in paths.items()}
-        for label, what, pick in (
-            ("predicted at the start", "predicted", _first),
-            ("least predicted on the way", "predicted", min),
-            ("eq. 19 at the start", "bound", _first),
+    ]
+    learns = lambda *key: list(_rates(found[key]).values())[-1]  # in batches
+    for d in COMMON:
+        along = [learns("SGD", None), learns("Adam", d), learns("KFAC", d)]
+        text = (
+            f"At delta {d:g} the rates that learn in batches grow from SGD to Adam to"
         )
-    }
-    for kind in found["sgd", 0.0]:
-        label = f"{kind[0]}, {_batches(kind[1])}"
-        points[label] = {names[m]: pair(found[m][kind]) for m in paths}
+        checks.append(trend(f"{text} KFAC: KFAC's less SGD's", along))
+    return checks
+
+
+def _limits(rows):
     lines = [
-        Line(
-            f"run at the prediction, {_label(method)}",
+        report.Line(
+            f"run at the prediction, {report.label(list(_heads(row).values()))}",
             [m["step"] for m in _calm(row)],
             [row["rate"] / m["predicted"] for m in _calm(row)],
             "o-",
         )
-        for method, path in _paths(rows, LIMIT).items()
-        for row in path
+        for row in rows
+        if row.get("fraction") == LIMIT
     ]
-    axes = {"yscale": "log", "ylabel": "learning rate", "title": "largest stable rate"}
-    right = {"yscale": "log", "xlabel": "step, while calm", "xscale": "symlog"}
-    title = "rate / prediction then"
-    return [bars(points, 1.0, **axes), curves(lines, **right, title=title)]
+    axes = {"yscale": "log", "xlabel": "step, while calm", "xscale": "symlog"}
+    return [report.curves(lines, **axes, title="rate / prediction then")]
 
 
-EXPERIMENTS = [Experiment("sec8_stable_rate", _runs, _conclude, _draw)]
+def _heads(row):
+    return {"optimiser": NAMES[row["optimizer"]], "delta": row["damping"] or None}
+
+
+SHOWN = ("predicted at the start", "eq. 19 at the start", "calm, full batch")
+SHOWN += ("learns, full batch", "learns, batches of 100")
+PICTURES = [("log", *SHOWN), _limits]
+EXPERIMENTS = [Experiment("sec8_stable_rate", _runs, _heads, _line, _checks, PICTURES)]

@@ -4,26 +4,38 @@ import functools
 import itertools
 import math
 
-from benchmarks.paper._experiment import Conclusion, Experiment
-from benchmarks.shared.checks import cell, difference, mean, signed
-from benchmarks.shared.figures import Line, curves
+import numpy as np
 
-from . import _vgg
-from ._vgg import SEEDS, by_setting, last, table
+from benchmarks.paper._experiment import Experiment
+from benchmarks.shared import claims
+from benchmarks.shared.claims import below, cells, ends, error, less, mean, more, trend
+from benchmarks.shared.runs import Row, Run
+from benchmarks.shared.training import train
+
+TASK = {"dataset": "cifar-100", "model": "vgg16", "width": 0.125, "coarse": True}
+TASK |= {"num_classes": 5, "num_train": 2560, "num_test": 2500, "pool": 2}
+SEEDS = (0, 1, 2)
+SGD, SGD_RATE = {"optimizer": "sgd"}, 0.02  # the rate that is best here
+NAMES = {"sgd": "SGD", "adam": "Adam", "kfac": "KFAC"}
+COLUMNS = {
+    "train loss": ("train_loss", 4),
+    "train error, %": ("train_error", 1, 100),
+    "test error, %": ("test_error", 1, 100),
+    "test loss": ("test_loss", 2),
+    "lambda_1": ("spectral_norm", 1),
+}
+
 
 EPOCHS, KFAC_EPOCHS = 40, 30
 DEFAULT = 1e-8
-# alpha, delta of Table 1 (left) and Figure 8, and the default delta beside them.
-PAIRS = [
-    (4e-4, DEFAULT), (4e-4, 4e-4), (4e-4, 1e-3),
-    (1e-3, DEFAULT), (1e-3, 1e-3), (1e-3, 5e-3), (1e-3, 8e-3),
-]  # fmt: skip
+# alpha: deltas of Table 1 (left) and Figure 8, and the default delta beside them.
+ALONG = {4e-4: (DEFAULT, 4e-4, 1e-3), 1e-3: (DEFAULT, 1e-3, 5e-3, 8e-3)}
+PAIRS = [(a, d) for a, dampings in ALONG.items() for d in dampings]
 DAMPED = (1e-3, 5e-3)  # Table 2's Adam-D
 # Weights shrink by 0.25 alpha a step: optax and PyTorch multiply by the rate.
 DECAYS = (0.0, 0.25)
 ADAM = {"optimizer": "adam"}
-# 20 steps are an epoch at the small scale; at full scale an epoch is 391, and these
-# periods are 100.
+# 20 steps are an epoch here; the paper's has 391, and its periods are 100.
 KFAC = {"optimizer": "kfac", "eigen_every": 20}
 LEARNED = {"learned": True, "every": 20}
 RAMP = {"schedule": "ramp"}
@@ -50,256 +62,250 @@ FIG15 = [
     *(({**ADAM, **LEARNED, **RAMP, **form}, LOW, LOW) for form in FORMS),
     ({**ADAM, **LEARNED}, HIGH, HIGH),
 ]
+GUESS = 0.9 * math.log(5)  # a training loss below it: something has been learned
+FITTED, SAME = 5.0, 5.0  # training error, %: fitted; points of it: hardly changed
 
 
-def _runs(settings, scale, epochs=EPOCHS, sgd=True, **more):
+def run(method, rate, damping, seed, *, epochs, weight_decay=0.0, model="vgg16") -> Run:
+    """One training run; lambda_1 is measured at its end."""
+    config = {"task": {**TASK, "model": model}, "method": method, "damping": damping}
+    config |= {"learning_rate": rate, "weight_decay": weight_decay, "seed": seed}
+    config |= {"epochs": epochs, "batch_size": 128, "eval_every": 2}
+    return Run(train, config | {"with_spectral_norm": True})
+
+
+def label(row: Row) -> str:
+    """An optimiser's name for a table."""
+    method, usual = row["method"], {"form": "damping", "schedule": "linear"}
+    parts = [NAMES[method["optimizer"]], *["learned"] * method.get("learned", False)]
+    parts += ["equivariant rule"] * (method.get("rule") == "scaled-identity")
+    parts += [f"{method[k]} {k}" for k, v in usual.items() if method.get(k, v) != v]
+    return ", ".join(parts)
+
+
+def heads(row: Row) -> Row:
+    """What names a line of the tables."""
+    name, flat = label(row), row["method"] == SGD
+    delta = None if flat else row["damping"]
+    return {"optimiser": name, "alpha": row["learning_rate"], "delta": delta}
+
+
+def line(key: tuple, found: dict) -> Row:
+    """What else is in it."""
+    learned = any(
+        row["method"].get("learned") for rows in found.values() for row in rows
+    )
+    shown = cells(found[key], COLUMNS)
+    if learned and key[0] == "SGD":
+        shown["final delta"] = None
+    elif learned:
+        shown["final delta"] = f"{mean(ends(found[key], 'damping_curve')):.2g}"
+    return shown
+
+
+def curve(name: str, factor: float = 1.0):
+    """(found, names of a line) -> the last value of a curve for each seed."""
+    return lambda found, *key: ends(found[key], name, factor)
+
+
+def _runs(settings, epochs=EPOCHS, sgd=True, **more):
     """All seeds of (method, rate, damping), after those of SGD."""
-    runs = [
-        _vgg.run(scale, *setting, seed, epochs=epochs, **more)
-        for seed in SEEDS
-        for setting in settings
+    options = {"epochs": epochs, **more}
+    runs = [run(SGD, SGD_RATE, 0.0, seed, **options) for seed in SEEDS if sgd]
+    return runs + [run(*of, seed, **options) for seed in SEEDS for of in settings]
+
+
+def _bn_runs():
+    options = {"epochs": EPOCHS, "model": "vgg16-bn"}
+    cases = itertools.product(SEEDS, DECAYS, (DEFAULT, 1e-3))
+    return _runs([], **options) + [
+        run(ADAM, 1e-3, damping, seed, weight_decay=decay, **options)
+        for seed, decay, damping in cases
     ]
-    return [*(_vgg.sgd(scale, epochs) if sgd else ()), *runs]
 
 
-def _bn_runs(scale):
-    adam = [
-        _vgg.run(scale, ADAM, 1e-3, damping, seed, epochs=EPOCHS, weight_decay=decay,
-                 model="vgg16-bn")
-        for seed in SEEDS
-        for decay in DECAYS
-        for damping in (DEFAULT, 1e-3)
-    ]  # fmt: skip
-    return [*_vgg.sgd(scale, EPOCHS, "vgg16-bn"), *adam]
+_kfac_runs = functools.partial(functools.partial, _runs, epochs=KFAC_EPOCHS, sgd=False)
+_adam_runs = lambda pairs: functools.partial(_runs, [(ADAM, *pair) for pair in pairs])
+_auto_runs = lambda rate, flat, floors: _kfac_runs(
+    [(KFAC, rate, d) for d in flat] + [({**KFAC, **LEARNED}, rate, d) for d in floors]
+)
+test_error = curve("test_error", 100)
+train_error = curve("train_error", 100)
+train_loss = curve("train_loss")
+sharpness = curve("spectral_norm")
 
 
-def _adam_runs(pairs):
-    return functools.partial(_runs, [(ADAM, *pair) for pair in pairs])
+def _sgd(found):
+    return test_error(found, *next(key for key in found if key[0] == "SGD"))
 
 
-def _kfac_runs(settings):
-    return functools.partial(_runs, settings, epochs=KFAC_EPOCHS, sgd=False)
+def _fits(found, *key):
+    return below("It fits the training set, %", train_error(found, *key), FITTED)
 
 
-def _auto_settings(name):
-    rate, flat, floors = FIGURES[name]
-    held = [(KFAC, rate, damping) for damping in flat]
-    return held + [({**KFAC, **LEARNED}, rate, floor) for floor in floors]
+def _best(found, of, rate):
+    """The delta above the smallest that is best at a rate."""
+    keys = [("Adam", rate, d) for d in ALONG[rate][1:]]
+    return min(keys, key=lambda key: mean(of(found, *key)))
 
 
-def is_falling(values):
-    return all(a >= b for a, b in itertools.pairwise(values))
-
-
-def _norms(rows):
-    return [row["spectral_norm"] for row in rows]
-
-
-def _conclude_norms(rows):
-    """Table 1: more damping, a smaller norm, and for a while better test errors."""
-    found = by_setting(rows)
-    along = {
-        rate: [found["Adam", a, d, 0.0] for a, d in PAIRS if a == rate]
-        for rate in (4e-4, 1e-3)
-    }
-    norms = {k: [mean(_norms(x)) for x in v] for k, v in along.items()}
-    errors = {k: [mean(last(x, "test_error")) for x in v] for k, v in along.items()}
-    checks = [is_falling(v) for v in norms.values()]
-    checks += [min(range(len(v)), key=v.__getitem__) > 0 for v in errors.values()]
-    findings = {f"lambda_1 along delta, alpha {k:g}": v for k, v in norms.items()}
-    findings |= {
-        f"test error, %, along delta, alpha {k:g}": v for k, v in errors.items()
-    }
-    return Conclusion(table(rows), findings, checks)
-
-
-def _conclude_gap(rows):
-    """Figure 8, Table 2: SGD, Adam, Adam-D, test error at comparable training error."""
-    found = by_setting(rows)
-    of = lambda *pair: last(found["Adam", *pair, 0.0], "test_error")
-    sgd = last(next(v for k, v in found.items() if k[0] == "SGD"), "test_error")
-    plain, same_rate, damped = of(4e-4, DEFAULT), of(1e-3, DEFAULT), of(*DAMPED)
-    trained = last(found["Adam", *DAMPED, 0.0], "train_error")
-    gap, left = difference(plain, sgd), difference(damped, sgd)
-    closed, closed_same = difference(damped, plain), difference(damped, same_rate)
-    checks = [
-        gap[0] > 2 * gap[1],
-        max(closed[0] + 2 * closed[1], closed_same[0] + 2 * closed_same[1]) < 0,
-        left[0] - 2 * left[1] < 0,
-        # The effect is late: one that does not fit the training set may owe its test
-        # error to that.
-        mean(trained) < 5,
-    ]
-    findings = {
-        "test error, %: SGD, Adam (4e-4, 1e-8), Adam-D (1e-3, 5e-3)": [
-            cell(x, 1) for x in (sgd, plain, damped)
-        ],
-        "Adam - SGD, points": signed(gap),
-        "Adam-D - Adam at 4e-4, points": signed(closed),
-        "Adam-D - Adam at its own rate 1e-3, points": signed(closed_same),
-        "Adam-D - SGD, points": signed(left),
-        "training error of Adam-D, %": cell(trained, 1),
-    }
-    return Conclusion(table(rows), findings, checks)
-
-
-def _conclude_bn(rows):
-    found = by_setting(rows)
-    findings, checks = {}, []
-    for decay in DECAYS:
-        low, high = (found["Adam", 1e-3, d, decay] for d in (DEFAULT, 1e-3))
-        train, test = (
-            difference(last(high, name), last(low, name))
-            for name in ("train_error", "test_error")
+def _table1_adam(found):
+    """More damping, a smaller norm, and for a while better test errors."""
+    checks = []
+    for rate, dampings in ALONG.items():
+        along = [("Adam", rate, d) for d in dampings]
+        text = (
+            f"At alpha {rate:g} and equal training loss lambda_1 falls as delta grows"
         )
-        checks.append(test[0] + test[1] < 0)
-        name = f"delta 1e-3 against 1e-8, weight decay {decay:g}, points (train, test)"
-        findings[name] = [signed(train), signed(test)]
-    return Conclusion(table(rows), findings, checks)
+        check = trend(text, [sharpness(found, *key) for key in along], -1)
+        losses = [train_loss(found, *key) for key in along]
+        best, plain = _best(found, test_error, rate), test_error(found, *along[0])
+        text = (
+            f"At alpha {rate:g} the best delta above 1e-8 lowers the test error, points"
+        )
+        checks.append(claims.at_equal_loss(check, losses))
+        checks.append(less(text, test_error(found, *best), plain))
+    return checks
 
 
-def _conclude_table(rows):
-    found = by_setting(rows)
-    settings = [found["KFAC", *pair, 0.0] for pair in TABLE]
-    norms = [mean(_norms(x)) for x in settings]
-    tests = [mean(last(x, "test_error")) for x in settings]
-    trains = [mean(last(x, "train_error")) for x in settings]
-    # Down the table the damping falls.
-    checks = [is_falling(norms[::-1]), is_falling(tests[::-1])]
-    findings = {
-        "lambda_1 as delta falls": norms,
-        "test error, %, as delta falls": tests,
-        "training error, %, as delta falls": trains,
-    }
-    return Conclusion(table(rows), findings, checks)
+def _fig8(found):
+    """Larger deltas at the larger rate."""
+    trained, best = (_best(found, of, 1e-3) for of in (train_loss, test_error))
+    plain = train_loss(found, "Adam", 1e-3, DEFAULT)
+    return [
+        less("At rate 1e-3 a larger delta trains to a lower loss than 1e-8",
+             train_loss(found, *trained), plain),
+        claims.not_more("The best delta there matches or beats SGD's test error, points",
+                 test_error(found, *best), _sgd(found)),
+        _fits(found, *best),
+    ]  # fmt: skip
 
 
-def _steps_to(row, target):
+def _table2(found):
+    """SGD, Adam, Adam-D."""
+    sgd, of = _sgd(found), functools.partial(test_error, found, "Adam")
+    plain, same, damped = (of(*pair) for pair in TABLE_2)
+    return [
+        more("Adam (4e-4, 1e-8) has a larger test error than SGD, points", plain, sgd),
+        less("Adam-D has a smaller one than Adam (4e-4, 1e-8), points", damped, plain),
+        less(
+            "Adam-D has a smaller one than Adam at its own rate, points", damped, same
+        ),
+        claims.not_more("Adam-D matches or beats SGD, points", damped, sgd),
+        _fits(found, "Adam", *DAMPED),
+    ]
+
+
+def _fig9(found):
+    checks = []
+    for decay in DECAYS:
+        low, high = (("Adam", 1e-3, d, decay) for d in (DEFAULT, 1e-3))
+        text = f"With weight decay {decay:g} a delta of 1e-3 lowers the"
+        for name, of in (
+            ("training loss", train_loss),
+            ("test error, points", test_error),
+        ):
+            checks.append(less(f"{text} {name}", of(found, *high), of(found, *low)))
+    return checks
+
+
+def _along(found, of):
+    """KFAC's table: the damping falls."""
+    return [of(found, "KFAC", *pair) for pair in TABLE]
+
+
+def _suffers(found):
+    text = "The test error rises as delta falls, points"
+    return trend(text, _along(found, test_error))
+
+
+def _table1_kfac(found):
+    text = "At equal training loss lambda_1 rises as delta falls"
+    check = trend(text, _along(found, sharpness))
+    return [claims.at_equal_loss(check, _along(found, train_loss)), _suffers(found)]
+
+
+def _fig7(found):
+    span = np.ptp(_along(found, train_error), axis=0).tolist()
+    text = "The training error hardly changes: points that it spans, below 5"
+    return [below(text, span, SAME), _suffers(found)]
+
+
+def _epochs_to(row, target):
     """The first epoch at which the training loss is at most `target`."""
     seen = zip(row["epoch"], row["train_loss"], strict=True)
     return next((e for e, x in seen if x is not None and x <= target), math.inf)
 
 
-def _conclude_auto(rows):
-    """Does every first value come to the best flat training loss, in no more steps?"""
-    found = by_setting(rows)
-    flat = {k[2]: v for k, v in found.items() if k[0] == "KFAC"}
-    learned = {k[2]: v for k, v in found.items() if k[0] != "KFAC"}
-    loss = lambda group: mean(last(group, "train_loss", 1.0))
-    test = lambda group: mean(last(group, "test_error"))
-    best = min(flat, key=lambda d: loss(flat[d]))
-    target = last(flat[best], "train_loss", 1.0)
-    reached = {d: list(map(_steps_to, of, target)) for d, of in learned.items()}
-    hits = [math.isfinite(x) for steps in reached.values() for x in steps]
-    tests = [[test(g) for g in of.values()] for of in (learned, flat)]
-    spread = [max(x) - min(x) for x in tests]
-    failed = [[d for d, g in of.items() if not loss(g) < 1.5] for of in (learned, flat)]
-    checks = [
-        all(hits),
-        spread[0] < spread[1],
-        not failed[0],
-        min(tests[0]) <= min(tests[1]) + 1.0,
+def _auto(found):
+    """Does every first value train, and to the best flat training loss, and sooner?"""
+    flat = [key for key in found if key[0] == "KFAC"]
+    best = min(flat, key=lambda key: mean(train_loss(found, *key)))
+    target = train_loss(found, *best)
+    epochs = lambda key: list(map(_epochs_to, found[key], target))
+    checks = []
+    for key in (key for key in found if key not in flat):
+        text = f"From {key[2]:g} it trains: the loss ends below {GUESS:.2f}"
+        checks.append(below(text, train_loss(found, *key), GUESS))
+        text = f"From {key[2]:g} it comes to the training loss of the best flat damping"
+        checks.append(less(f"{text} sooner, epochs", epochs(key), epochs(best)))
+    return checks
+
+
+def _fig14(found):
+    of = lambda name, *at: test_error(found, name, *(at or (HIGH, HIGH)))
+    learned, ramped = of("Adam, learned"), of("Adam, learned, ramp schedule")
+    text = "A flat delta of the same rate and first value beats learned, points"
+    return [
+        less("Learned beats Adam's default (4e-4, 1e-8), points", learned,
+             of("Adam", LOW, DEFAULT)),
+        less(text, of("Adam"), learned),
+        less("Learned with the ramp beats SGD, points", ramped, _sgd(found)),
+    ]  # fmt: skip
+
+
+def _fig15(found):
+    names = ("", ", ramp schedule", ", learned", ", learned, ramp schedule")
+    plain, held, linear, ramped = ((f"Adam{x}", LOW, LOW) for x in names)
+    guess, loss = [math.log(5)] * len(SEEDS), train_loss(found, *ramped)
+    grown = [
+        row["damping_curve"][-1] / row["damping_curve"][0] for row in found[ramped]
     ]
-    findings = {
-        "best flat delta by training loss": best,
-        "its training loss": cell(target, 4),
-        "learned runs that reach it": f"{sum(hits)} of {len(hits)}",
-        "median epoch at which they do, by first value": [
-            f"{d:g}: {sorted(v)[len(v) // 2]:g}" for d, v in reached.items()
-        ],
-        "spread of mean test errors, points, learned and flat": spread,
-        "best mean test error, %, learned and flat": [min(x) for x in tests],
-        "flat dampings that did not train": failed[1],
-        "first values from which the learner did not train": failed[0],
-    }
-    return Conclusion(table(rows), findings, checks)
-
-
-def _conclude_fig14(rows):
-    found = by_setting(rows)
-    sgd = last(next(v for k, v in found.items() if k[0] == "SGD"), "test_error")
-    of = lambda name, at=(HIGH, HIGH): last(found[name, *at, 0.0], "test_error")
-    learned = of("Adam, learned")
-    ramped = of("Adam, learned, ramp schedule")
-    over_plain = difference(learned, of("Adam", (LOW, DEFAULT)))
-    over_flat = difference(learned, of("Adam"))
-    ramp_gain, to_sgd = difference(ramped, learned), difference(ramped, sgd)
-    checks = [
-        over_plain[0] + over_plain[1] < 0,
-        over_flat[0] + over_flat[1] > 0,
-        ramp_gain[0] + ramp_gain[1] < 0,
-        to_sgd[0] + to_sgd[1] < 0,
-    ]
-    findings = {
-        "learned - Adam (4e-4, 1e-8), points of test error": signed(over_plain),
-        "learned - flat at the same rate and first value": signed(over_flat),
-        "ramp (eq. 16) - linear (eq. 12), learned": signed(ramp_gain),
-        "learned with the ramp - SGD": signed(to_sgd),
-    }
-    for form in ("Adam, learned, shrinkage form", "Adam, learned, equivariant rule"):
-        change = difference(of(form), learned)
-        findings[f"{form} - damping form of eq. 15"] = signed(change)
-    return Conclusion(table(rows), findings, checks)
-
-
-def _conclude_fig15(rows):
-    found = by_setting(rows)
-    of = lambda name, curve="test_error", factor=100.0: last(
-        found[name, LOW, LOW, 0.0], curve, factor
-    )
-    held, learned = "Adam, ramp schedule", "Adam, learned, ramp schedule"
-    ramp = difference(of(learned), of("Adam, learned"))
-    over = difference(of(learned), of("Adam"))
-    held_loss, loss = (mean(of(name, "train_loss", 1.0)) for name in (held, learned))
-    curves_of = [row["damping_curve"] for row in found[learned, LOW, LOW, 0.0]]
-    checks = [held_loss > 1.0 > loss, ramp[0] + ramp[1] < 0, over[0] + over[1] < 0]
-    findings = {
-        "final training loss, flat with the ramp": held_loss,
-        "final training loss, learned with the ramp": loss,
-        "learned: ramp - linear, points of test error": signed(ramp),
-        "learned with the ramp - flat linear": signed(over),
-        "largest damping over the first, learned with the ramp": mean(
-            [max(c) / c[0] for c in curves_of]
+    text = "With the ramp a flat damping diverges: its loss less that of a guess"
+    rise = "The learned one rises: its last value over its first"
+    others = {"flat": plain, "flat with the ramp": held, "learned without it": linear}
+    return [
+        more(text, train_loss(found, *held), guess),
+        claims.Check(rise, mean(grown), error(grown), min(grown) > 1),
+        below(f"It trains: its loss ends below {GUESS:.2f}", loss, GUESS),
+        *(
+            less(f"It has a lower test error than {name}, points",
+                 test_error(found, *ramped), test_error(found, *other))
+            for name, other in others.items()
         ),
-    }
-    return Conclusion(table(rows), findings, checks)
+    ]  # fmt: skip
 
 
-def _draw_norms(rows):
-    """lambda_1 and the test error over the damping."""
-    found = by_setting(rows)
-    panels = []
-    for label, of, scale in (
-        ("lambda_1 at the end", _norms, "log"),
-        ("test error, %", lambda x: last(x, "test_error"), "linear"),
-    ):
-        lines = []
-        for rate in (4e-4, 1e-3):
-            dampings = [d for a, d in PAIRS if a == rate]
-            values = [of(found["Adam", rate, d, 0.0]) for d in dampings]
-            x, name = [max(d, 1e-5) for d in dampings], f"Adam, {rate:g}"
-            lines.append(Line(name, x, list(map(mean, values))))
-            lines += [Line(name, x, y, "o") for y in zip(*values, strict=True)]
-        sgd = mean(of(next(v for k, v in found.items() if k[0] == "SGD")))
-        lines.append(Line("SGD", [1e-5, 8e-3], [sgd, sgd]))
-        axes = {"xlabel": "damping (1e-8 drawn at 1e-5)", "xscale": "log"}
-        panels.append(curves(lines, **axes, ylabel=label, yscale=scale))
-    return panels
-
-
-AUTO = [(f"{n}_kfac_auto", _auto_settings(n)) for n in FIGURES]
+CURVES = ("train_error", "test_error")
+DAMPING = (*CURVES, "damping_curve")
 TABLE_2 = [(4e-4, DEFAULT), (1e-3, DEFAULT), DAMPED]
-_table_runs = _kfac_runs([(KFAC, *pair) for pair in TABLE])
-_fig14_runs = functools.partial(_runs, FIG14)
-_fig15_runs = functools.partial(_runs, FIG15, sgd=False)
+KFAC_TABLE = _kfac_runs([(KFAC, *pair) for pair in TABLE])
+_of = lambda name, runs, checks, pictures, heads=heads: Experiment(
+    name, runs, heads, line, checks, pictures
+)
+_decayed = lambda row: heads(row) | {"weight decay": row["weight_decay"]}
+NORMS = [("log", "lambda_1"), ("linear", "test error, %")]
 EXPERIMENTS = [
-    Experiment("table1_adam", _adam_runs(PAIRS), _conclude_norms, _draw_norms),
-    Experiment("fig8_adam", _adam_runs(PAIRS), _conclude_gap, _vgg.draw),
-    Experiment("table2_adam_d", _adam_runs(TABLE_2), _conclude_gap, _vgg.draw),
-    Experiment("fig9_adamw_bn", _bn_runs, _conclude_bn, _vgg.draw),
-    Experiment("table1_kfac", _table_runs, _conclude_table, _vgg.draw),
-    Experiment("fig7_kfac", _table_runs, _conclude_table, _vgg.draw),
-    *(Experiment(n, _kfac_runs(x), _conclude_auto, _vgg.draw) for n, x in AUTO),
-    Experiment("fig14_adam_auto", _fig14_runs, _conclude_fig14, _vgg.draw),
-    Experiment("fig15_adam_auto", _fig15_runs, _conclude_fig15, _vgg.draw),
+    _of("table1_adam", _adam_runs(PAIRS), _table1_adam, NORMS),
+    _of("fig8_adam", _adam_runs(PAIRS), _fig8, CURVES),
+    _of("table2_adam_d", _adam_runs(TABLE_2), _table2, CURVES),
+    _of("fig9_adamw_bn", _bn_runs, _fig9, CURVES, _decayed),
+    _of("table1_kfac", KFAC_TABLE, _table1_kfac, CURVES),
+    _of("fig7_kfac", KFAC_TABLE, _fig7, CURVES),
+    *(
+        _of(f"{n}_kfac_auto", _auto_runs(*of), _auto, DAMPING)
+        for n, of in FIGURES.items()
+    ),
+    _of("fig14_adam_auto", functools.partial(_runs, FIG14), _fig14, DAMPING),
+    _of("fig15_adam_auto", functools.partial(_runs, FIG15, sgd=False), _fig15, DAMPING),
 ]

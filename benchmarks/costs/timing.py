@@ -9,20 +9,19 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from rich.progress import track
 
-from .models import build
+from benchmarks.shared.models import build
+from rmtdamp.demo._train import cross_entropy
 
-SHAPES = {"mlp": (784, 1, 1), "cnn": (32, 32, 3), "resnet": (32, 32, 3)}
-LENGTH, TOKENS, CLASSES = 64, 256, 10
+# Inputs, classes; MLP 784-512-512-10, the CNN, a transformer of width 128.
+SHAPES = {"mlp": ((784,), 10), "cnn": ((32, 32, 3), 10), "transformer": ((64,), 256)}
 
 
 class Effort(NamedTuple):
@@ -40,16 +39,13 @@ def seconds(call):
     return time.perf_counter() - start
 
 
-def rotate(
-    calls: dict[str, Callable], rounds: int, title: str, limits: dict | None = None
-) -> dict[str, list[float]]:
+def rotate(calls, rounds, title, limits=None) -> dict[str, list[float]]:
     """Seconds of each call in each round; a name in `limits` takes part in fewer."""
-    limits = limits or {}
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times = {name: [] for name in calls}
     for i in track(range(rounds), title):
         # Which one goes first alternates, so that none profits from its place.
         for name in list(calls)[:: -1 if i % 2 else 1]:
-            if i < limits.get(name, rounds):
+            if i < (limits or {}).get(name, rounds):
                 times[name].append(seconds(calls[name]))
     return times
 
@@ -77,67 +73,60 @@ def on_cpu():
     return jax.default_backend() == "cpu"
 
 
-def looped(call, least):
-    """(`call` as often as fills `least` seconds, that number), warmed up.
+def timed(calls, effort: Effort, title):
+    """Seconds per call in each round, for a dictionary of calls.
 
-    A CPU's calls are waited for one by one, lest two of them share the cores.
+    Each is repeated until it fills a least time; a CPU's calls are waited for one by
+    one, lest two of them share the cores.
     """
-    jax.block_until_ready(call())
-    num = math.ceil(least / seconds(lambda: jax.block_until_ready(call())))
+    wait = jax.block_until_ready
 
-    def run():
+    def repeated(call, num):
         found = None
         for _ in range(num):
-            found = call()
-            if on_cpu():
-                jax.block_until_ready(found)
-        jax.block_until_ready(found)
+            found = wait(call()) if on_cpu() else call()
+        wait(found)
 
-    return run, num
-
-
-def timed(calls, effort: Effort, title):
-    """Seconds per call in each round, for a dictionary of calls."""
-    loops = {name: looped(call, effort.least) for name, call in calls.items()}
-    once = sum(seconds(run) for run, _ in loops.values())
-    rounds = min(max(math.ceil(effort.budget / once), effort.rounds), effort.pairs)
-    times = rotate({name: run for name, (run, _) in loops.items()}, rounds, title)
-    return {name: np.array(times[name]) / num for name, (_, num) in loops.items()}
+    nums = {}
+    for name, call in calls.items():
+        wait(call())
+        nums[name] = math.ceil(effort.least / seconds(lambda call=call: wait(call())))
+    loops = {n: functools.partial(repeated, f, nums[n]) for n, f in calls.items()}
+    rounds = math.ceil(effort.budget / sum(map(seconds, loops.values())))
+    rounds = min(max(rounds, effort.rounds), effort.pairs)
+    times = rotate(loops, rounds, title)
+    return {name: np.array(times[name]) / nums[name] for name in calls}
 
 
 def compiled(function, *args):
     """(a call of the compiled program, its FLOPs, its temporary bytes)."""
     program = jax.jit(function).lower(*args).compile()
     flops, memory = program.cost_analysis()["flops"], program.memory_analysis()
-    assert memory is not None
     return functools.partial(program, *args), flops, memory.temp_size_in_bytes
 
 
 def model_of(kind) -> nnx.Module:
-    """MLP 784-512-512-10, the CNN, the ResNet, or a transformer of width 128."""
-    shape, classes = SHAPES.get(kind, (LENGTH,)), TOKENS if kind not in SHAPES else 10
+    shape, classes = SHAPES[kind]
+    shape = (*shape, 1, 1) if kind == "mlp" else shape
     return build(kind, num_classes=classes, shape=shape, width=2.0, rngs=nnx.Rngs(0))
 
 
 @functools.cache
 def problem(kind, batch_size, dtype="float32"):
     """(loss_fn, params, (inputs, labels)); logits are widened to float32."""
-    # BatchNorm uses the batch's statistics: its running ones are updated in a copy.
-    graphdef, params, rest = nnx.split(model_of(kind), nnx.Param, ...)
+    graphdef, params = nnx.split(model_of(kind), nnx.Param)
     key, other = jax.random.split(jax.random.key(0))
+    shape, classes = SHAPES[kind]
     if kind == "transformer":
-        inputs = jax.random.randint(key, (batch_size, LENGTH), 0, TOKENS)
+        inputs = jax.random.randint(key, (batch_size, *shape), 0, classes)
         labels = jnp.roll(inputs, -1, axis=1)
     else:
-        shape = [n for n in SHAPES[kind] if n > 1]
         inputs = jax.random.normal(key, (batch_size, *shape), dtype)
-        labels = jax.random.randint(other, (batch_size,), 0, CLASSES)
+        labels = jax.random.randint(other, (batch_size,), 0, classes)
 
     def loss_fn(params, batch):
-        logits = nnx.merge(graphdef, params, rest, copy=True)(batch[0])
-        logits = logits.astype(jnp.float32)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
-        return losses.mean()
+        logits = nnx.merge(graphdef, params)(batch[0])
+        return cross_entropy(logits.astype(jnp.float32), batch[1])
 
     params = jax.tree.map(lambda x: x.astype(dtype), nnx.as_pure(params))
     return loss_fn, params, (inputs, labels)
