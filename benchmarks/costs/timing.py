@@ -21,7 +21,11 @@ from benchmarks.shared.models import build
 from rmtdamp.demo._train import cross_entropy
 
 # Inputs, classes; MLP 784-512-512-10, the CNN, a transformer of width 128.
-SHAPES = {"mlp": ((784,), 10), "cnn": ((32, 32, 3), 10), "transformer": ((64,), 256)}
+SHAPES = {
+    "mlp": ((784, 1, 1), 10),
+    "cnn": ((32, 32, 3), 10),
+    "transformer": ((64,), 256),
+}
 
 
 class Effort(NamedTuple):
@@ -31,6 +35,7 @@ class Effort(NamedTuple):
     budget: float = 6  # seconds of all rounds
     rounds: int = 5  # at least
     pairs: int = 25  # at most
+    steps: int = 100  # of one loop, at most
 
 
 def seconds(call):
@@ -39,20 +44,19 @@ def seconds(call):
     return time.perf_counter() - start
 
 
-def rotate(calls, rounds, title, limits=None) -> dict[str, list[float]]:
-    """Seconds of each call in each round; a name in `limits` takes part in fewer."""
+def rotate(calls, rounds, title) -> dict[str, list[float]]:
+    """Seconds of each call in each round."""
     times = {name: [] for name in calls}
     for i in track(range(rounds), title):
         # Which one goes first alternates, so that none profits from its place.
         for name in list(calls)[:: -1 if i % 2 else 1]:
-            if i < (limits or {}).get(name, rounds):
-                times[name].append(seconds(calls[name]))
+            times[name].append(seconds(calls[name]))
     return times
 
 
 def compare(baseline, other) -> dict[str, float]:
     """Median of other/baseline, round by round, and its 95 % interval."""
-    ratios = sorted(b / a for a, b in zip(baseline, other, strict=False))
+    ratios = sorted(b / a for a, b in zip(baseline, other, strict=True))
     pairs = len(ratios)
     # Order statistics j, n+1-j cover the median with probability 1 - 2 P(Bin < j).
     j = max(int((pairs - 1.96 * pairs**0.5) / 2), 0)
@@ -102,13 +106,13 @@ def compiled(function, *args):
     """(a call of the compiled program, its FLOPs, its temporary bytes)."""
     program = jax.jit(function).lower(*args).compile()
     flops, memory = program.cost_analysis()["flops"], program.memory_analysis()
+    assert memory is not None
     return functools.partial(program, *args), flops, memory.temp_size_in_bytes
 
 
 def model_of(kind) -> nnx.Module:
     shape, classes = SHAPES[kind]
-    shape = (*shape, 1, 1) if kind == "mlp" else shape
-    return build(kind, num_classes=classes, shape=shape, width=2.0, rngs=nnx.Rngs(0))
+    return build(kind, classes, shape, width=2.0)
 
 
 @functools.cache
@@ -130,10 +134,3 @@ def problem(kind, batch_size, dtype="float32"):
 
     params = jax.tree.map(lambda x: x.astype(dtype), nnx.as_pure(params))
     return loss_fn, params, (inputs, labels)
-
-
-def normal_like(params, seed=1):
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    draw = lambda key, x: jax.random.normal(key, x.shape, x.dtype)
-    return jax.tree.unflatten(treedef, map(draw, keys, leaves))

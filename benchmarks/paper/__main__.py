@@ -1,7 +1,7 @@
 """The paper's figures and tables, run again.
 
     python -m benchmarks.paper list
-    python -m benchmarks.paper NAME... [--data FOLDER]
+    python -m benchmarks.paper NAME... [--data FOLDER] [--download]
     python -m benchmarks.paper page
 
 NAME is an experiment's, the beginning of some (`fig11`, `beyond`), or `all`. What is
@@ -15,14 +15,12 @@ import argparse
 import pathlib
 import sys
 
-from benchmarks.shared.data import fetch
+from benchmarks.shared.data import SOURCES, fetch
 from rmtdamp.demo._data import DataError
 
-from . import _page
-from ._experiment import carry_out, stale
+from ._experiment import carry_out
+from ._page import write_page
 from .experiments import EXPERIMENTS
-
-DATA = ("mnist", "fashion-mnist", "cifar-100", "tinyshakespeare")
 
 
 def chosen(wanted: list[str]) -> list[str]:
@@ -31,10 +29,8 @@ def chosen(wanted: list[str]) -> list[str]:
         return list(EXPERIMENTS)
     of = lambda x: [n for n in EXPERIMENTS if n == x or n.startswith(f"{x}_")]
     if unknown := [given for given in wanted if not of(given)]:
-        raise ValueError(
-            f"no experiment {', '.join(unknown)}: choose from all, "
-            f"{', '.join(EXPERIMENTS)}"
-        )
+        known = ", ".join(["all", *EXPERIMENTS])
+        raise ValueError(f"no experiment {', '.join(unknown)}: choose from {known}")
     return [name for given in wanted for name in of(given)]
 
 
@@ -49,24 +45,21 @@ def main() -> int:
     parser.add_argument("--download", action="store_true", help="fetch missing data")
     args = parser.parse_args()
     if args.names == ["list"]:
-        for experiment in EXPERIMENTS.values():
-            print(f"{experiment.name:18} {experiment.text.claim}")
+        print("\n".join(f"{x.name:18} {x.text.claim}" for x in EXPERIMENTS.values()))
         return 0
     if args.names == ["page"]:
-        _page.write_page()
+        write_page()
         return 0
     try:
         names = chosen(args.names)
     except ValueError as failure:
         parser.error(str(failure))
     try:
-        for source in DATA if args.download else ():
+        for source in SOURCES if args.download else ():
             fetch(source, args.data)
         for name in names:
             record = carry_out(EXPERIMENTS[name], args.data)
             print(f"{name}: {record['verdict']}. {record['remark']}")
-            if wrong := stale(record):
-                print(f"  its text in texts/ quotes {', '.join(wrong)}: not found so")
     except DataError as failure:
         print(failure, file=sys.stderr)
         return 1

@@ -33,9 +33,8 @@ class Experiment(NamedTuple):
     name: str
     runs: Callable[[], list[Run]]
     heads: Callable[[Row], Row]  # what names the line of the table that a row is in
-    line: Callable[
-        [Any, dict], Row | None
-    ]  # (names, {names: rows}) -> what else is there
+    # (names, {names: rows}) -> what else is in the line; None: no line
+    line: Callable[[Any, dict], Row | None]
     checks: Callable[[dict], list[Check]]  # {names: rows} -> the parts of the claim
     # A curve over epochs, ("grid" or a scale, columns of the table ...), or what draws.
     pictures: Sequence[Any]
@@ -65,14 +64,14 @@ class Experiment(NamedTuple):
         panels = []
         for picture in self.pictures:
             if callable(picture):
-                panels += picture(rows)
+                panels.extend(picture(rows))
             elif isinstance(picture, str):
                 panels.append(report.training(labelled, picture))
             elif picture[0] == "grid":
                 panels.append(report.grid(table, picture[1], heads, title=picture[1]))
             else:
-                axes = {"yscale": picture[0]}
-                panels.append(report.bars(table, picture[1:], heads, **axes))
+                scale, *columns = picture
+                panels.append(report.bars(table, columns, heads, yscale=scale))
         return panels
 
 
@@ -158,17 +157,3 @@ def verdict_of(checks: Sequence[Check]) -> str:
     """All of what was claimed, some of it, or nothing."""
     held = [bool(check.holds) for check in checks]
     return "reproduced" if all(held) else "partly" if any(held) else "not reproduced"
-
-
-def stale(record: Row) -> list[str]:
-    """The numbers in a record's remark that stand nowhere else in it."""
-    number = r"\d+(?:\.\d+)?(?:e-?\d+)?"
-    rest = json.dumps({k: v for k, v in record.items() if k != "remark"})
-    known = [float(x) for x in re.findall(number, re.sub(r"(?<=\d),(?=\d)", "", rest))]
-    known += [100 * x for x in known]  # a share, in per cent
-
-    def stands(quoted):
-        digits = len(quoted.partition(".")[2])
-        return any(math.isclose(float(quoted), round(x, digits)) for x in known)
-
-    return [x for x in re.findall(number, record["remark"]) if not stands(x)]

@@ -11,18 +11,17 @@ from rmtdamp.demo._report import write
 from ._experiment import HERE, RESULTS
 from .experiments import EXPERIMENTS
 
-README, HEAD = HERE / "README.md", HERE / "head.md"
-MAIN = HERE.parents[1] / "README.md"
+README, MAIN = HERE / "README.md", HERE.parents[1] / "README.md"
 BEGIN, END = "<!-- begin of the verdicts -->\n", "<!-- end of the verdicts -->\n"
 HOLDS = {True: "yes", False: "no", None: "not comparable"}
 SECTION = """\
-## {name}
+## {experiment}
 
 **Claim.** {claim}.
 
 **{verdict}.** {remark}
 
-![{experiment}](results/{name}.png)
+![{experiment}](results/{experiment}.png)
 
 {checks}
 
@@ -46,51 +45,40 @@ def _value(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _entries(fields: Row) -> str:
-    return "\n".join(f"- {name}: {_value(value)}" for name, value in fields.items())
-
-
 def _check(check: Row) -> Row:
-    found = _value(check["value"])
-    if check["stderr"] is not None:
-        found += f" ± {check['stderr']:.2g}"
-    held = HOLDS[check["holds"]]
+    spread = f" ± {check['stderr']:.3g}" if check["stderr"] is not None else ""
+    found, held = _value(check["value"]) + spread, HOLDS[check["holds"]]
     return {"part of the claim": check["statement"], "found": found, "holds": held}
 
 
-def records(results: pathlib.Path = RESULTS) -> list[tuple[pathlib.Path, Row]]:
-    """(path, record) of every experiment that has been run, in their order."""
+def records(results: pathlib.Path = RESULTS) -> list[Row]:
+    """Every experiment that has been run, in their order."""
     paths = [results / f"{name}.json" for name in EXPERIMENTS]
-    return [(p, json.loads(p.read_text())) for p in paths if p.exists()]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
-def _section(path: pathlib.Path, record: Row) -> str:
-    return SECTION.format_map(
-        record
-        | {
-            "name": path.stem,
-            "verdict": record["verdict"].capitalize(),
-            "checks": markdown(map(_check, record["checks"])),
-            "paper": _entries(record["paper"]),
-            "table": markdown(record["measured"]["table"], _value),
-        }
-    )
+def _section(record: Row) -> str:
+    paper = [f"- {name}: {_value(value)}" for name, value in record["paper"].items()]
+    parts = {"verdict": record["verdict"].capitalize(), "paper": "\n".join(paper)}
+    parts["checks"] = markdown(map(_check, record["checks"]))
+    parts["table"] = markdown(record["measured"]["table"], _value)
+    return SECTION.format_map(record | parts)
 
 
-def overview(results: pathlib.Path = RESULTS, page: str = "") -> str:
+def overview(page: str = "") -> str:
     """A line per experiment: what was claimed, and what came out."""
     names = ("claim", "verdict", "scale", "seeds")
     return markdown(
-        {"experiment": f"[{path.stem}]({page}#{path.stem})"}
+        {"experiment": "[{0}]({1}#{0})".format(record["experiment"], page)}
         | {name: record[name] for name in names}
-        for path, record in records(results)
+        for record in records()
     )
 
 
-def page(results: pathlib.Path = RESULTS) -> str:
+def page() -> str:
     """The page as Markdown."""
-    sections = [_section(path, record) for path, record in records(results)]
-    return "\n".join([HEAD.read_text(), overview(results), "", *sections])
+    head, sections = (HERE / "head.md").read_text(), map(_section, records())
+    return "\n".join([head, overview(), "", *sections])
 
 
 def main_readme(text: str) -> str:

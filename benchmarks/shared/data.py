@@ -6,7 +6,6 @@ under its usual name: `DATA/mnist` or `DATA`. A file that is missing, truncated,
 or another one is a DataError that names it. `fetch` downloads what is not there.
 """
 
-import functools
 import hashlib
 import math
 import os
@@ -16,20 +15,16 @@ import tempfile
 import zlib
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rmtdamp.demo._data import DataError, read_idx
 
 PIXELS = 32 * 32 * 3
-SPLITS = (
-    "train-images-idx3",
-    "train-labels-idx1",
-    "t10k-images-idx3",
-    "t10k-labels-idx1",
+IDX_FILES = tuple(
+    f"{part}-{what}-ubyte"
+    for part in ("train", "t10k")
+    for what in ("images-idx3", "labels-idx1")
 )
-IDX_FILES = tuple(f"{name}-ubyte" for name in SPLITS)
 
 
 class Source(NamedTuple):
@@ -81,13 +76,6 @@ SOURCES = {
 }
 
 
-def source_of(name: str) -> Source:
-    """The source of a data set; ValueError if there is none of that name."""
-    if name not in SOURCES:
-        raise ValueError(f"no data set is called {name!r}: {', '.join(SOURCES)}")
-    return SOURCES[name]
-
-
 def _unpack(source: Source, archive: pathlib.Path, folder: pathlib.Path) -> None:
     """Members of a tar into `folder`: each is there whole or not at all."""
     # Next to the folder: on the same file system renaming is atomic.
@@ -114,11 +102,11 @@ def _unpack(source: Source, archive: pathlib.Path, folder: pathlib.Path) -> None
 def fetch(name: str, folder: str | os.PathLike) -> pathlib.Path:
     """Download a data set, with a progress bar, unless it is there: its own folder.
 
-    Files are checked against their published md5 sums; what has another sum, or for
-    CIFAR another size, is replaced. A file appears under its name when it is whole.
-    `folder` is the data set's or the one above it, and made if need be.
+    A file with another md5 sum than the published one, or for CIFAR another size, is
+    replaced. It appears under its name when it is whole. `folder` is the data set's or
+    the one above it, and made if need be.
     """
-    source = source_of(name)
+    source = SOURCES[name]
     try:
         import pooch
     except ImportError:
@@ -159,7 +147,7 @@ class Dataset(NamedTuple):
 
 def _find(name: str, folder: str | os.PathLike) -> list[pathlib.Path]:
     """The paths of the data set's files, each checked to exist."""
-    source, folder = source_of(name), pathlib.Path(folder)
+    source, folder = SOURCES[name], pathlib.Path(folder)
     own_name = folder.resolve().name
     way_out = f'fetch("{name}", folder) downloads it'
     if not folder.is_dir():
@@ -173,17 +161,17 @@ def _find(name: str, folder: str | os.PathLike) -> list[pathlib.Path]:
             f"{folder} is the folder of {other}, not of {name}, which should be called "
             f"{source.folder}; {way_out}"
         )
-    paths = []
+    paths = {}
     for file in source.files:
-        names = [x for x in (f"{file}.gz", file) if x in (*source.md5, file)]
-        found = [folder / x for x in names if (folder / x).exists()]
-        if not found:
+        names = [x for x in (file, f"{file}.gz") if x in (*source.md5, file)]
+        if found := [folder / x for x in names if (folder / x).exists()]:
+            paths[file] = found[-1]
+        else:
             raise DataError(
                 f"{folder} holds no {file}: {name} is {', '.join(source.files)}, there "
                 f"or in a folder {source.folder}; {way_out}"
             )
-        paths.append(found[0])
-    return paths
+    return list(paths.values())
 
 
 def _labelled(path: pathlib.Path, labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -247,30 +235,21 @@ def load(name: str, folder: str | os.PathLike, *, coarse: bool = False) -> Datas
     return Dataset(name, train, test, 10)
 
 
-def load_text(
-    folder: str | os.PathLike, *, any_text: bool = False
-) -> tuple[np.ndarray, np.ndarray, str]:
-    """Tinyshakespeare: tokens to train and, the last tenth, to test; the characters.
-
-    `any_text` accepts another text of that name: one that is cut short cannot be told
-    from a whole one but by its checksum.
-    """
+def load_text(folder: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, str]:
+    """Tinyshakespeare: tokens to train and, the last tenth, to test; the characters."""
     (path,) = _find("tinyshakespeare", folder)
     try:
         raw = path.read_bytes()
-        text = raw.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a text in UTF-8: {error}") from None
-    if len(text) < 10:
-        raise DataError(f"{path} is truncated: {len(text)} characters, expected 10")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
     expected = SOURCES["tinyshakespeare"].md5["input.txt"]
     found = hashlib.md5(raw, usedforsecurity=False).hexdigest()
-    if not any_text and found != expected:
+    if found != expected:
         raise DataError(
             f"{path} is truncated or not tinyshakespeare: md5 {found} of "
-            f"{len(raw)} bytes, expected {expected}; fetch it again, or say "
-            "any_text=True"
+            f"{len(raw)} bytes, expected {expected}; fetch it again"
         )
+    text = raw.decode()
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     vocabulary, tokens = np.unique(points, return_inverse=True)
     tokens = tokens.astype(np.int32)
@@ -283,9 +262,8 @@ def take(
 ) -> Dataset:
     """A subset: as many of every class for training, the first for testing.
 
-    Training examples come class by class in turn, the first of each class in the
-    file's order; where `num_train` is no multiple of the classes, the first classes
-    have one more. None means all of them, in the file's order.
+    Training examples come class by class in turn, the first classes having one more
+    where need be. None means all, in the file's order.
     """
     (images, labels), test = dataset.train, dataset.test
     if num_train is not None:
@@ -346,18 +324,3 @@ def standardise(dataset: Dataset, pool: int = 1) -> tuple[Split, Split]:
     test -= mean
     test /= deviation
     return (train, dataset.train[1]), (test, dataset.test[1])
-
-
-@functools.partial(jax.jit, static_argnames="pad")
-def augment(key: jax.Array, images: jax.Array, pad: int) -> jax.Array:
-    """Shift each image by up to `pad` pixels, zeros coming in; mirror every second."""
-    n, h, w, c = images.shape
-    shift_key, flip_key = jax.random.split(key)
-    corners = jax.random.randint(shift_key, (n, 2), 0, 2 * pad + 1, jnp.int32)
-    flips = jax.random.bernoulli(flip_key, 0.5, (n, 1, 1, 1))
-    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    crop = lambda image, corner: jax.lax.dynamic_slice(
-        image, (corner[0], corner[1], jnp.int32(0)), (h, w, c)
-    )
-    cropped = jax.vmap(crop)(padded, corners)
-    return jnp.where(flips, cropped[:, :, ::-1], cropped)

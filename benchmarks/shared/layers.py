@@ -1,12 +1,12 @@
 """Adam with a damping for each layer, in two kinds, by what is taken for its noise.
 
-- "block": the variance of the layer's diagonal block of the Hessian, that of the loss
-  as a function of the layer alone, with all other weights held.
-- "rows": the variance of the layer's rows of the Hessian, the noise between layers
-  included. The mean over layers, weighted by their numbers of weights, is the damping
-  that one measurement over all weights gives, and one product measures all layers.
+- "block": the variance of the layer's diagonal block of the Hessian, all other weights
+  held.
+- "rows": that of the layer's rows, the noise between layers included: the layers' mean,
+  weighted by their sizes, is the variance of the whole. One product measures all.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ import optax
 
 import rmtdamp
 from rmtdamp.damping import LearnedDamping, learn_damping
-from rmtdamp.hessian import HessianMoments, hvp, moments
+from rmtdamp.hessian import HessianMoments, hvp
 
 
 def _name(path) -> str:
@@ -59,36 +59,34 @@ def row_moments(loss_fn, params, batch, probe, loss_args, num) -> dict:
     return {name: of(name) for name in products}
 
 
-def _by_rows(learner, params, batch, key, loss_args):
+def _by_rows(learner, learned, count, params, batch, loss_args):
+    (attempt, *_) = (x.refresh_attempts for x in learned.values())
+    key = jax.random.fold_in(jax.random.key(learner.seed), attempt)
     leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
     draw = lambda key, x: jax.random.rademacher(key, x.shape, x.dtype)
-    probe = jax.tree.unflatten(treedef, map(draw, keys, leaves))
-    num = learner.num_microbatches
-    return row_moments(learner.loss_fn, params, batch, probe, loss_args, num)
+    signs = map(draw, jax.random.split(key, len(leaves)), leaves)
+    here = batch, jax.tree.unflatten(treedef, signs), loss_args
+    found = row_moments(learner.loss_fn, params, *here, learner.num_microbatches)
+    names = ("rule", "floor", "decay", "max_damping")
+    rule = {name: getattr(learner, name) for name in names}
+    return {
+        k: learn_damping(old, found[k], count, **rule) for k, old in learned.items()
+    }
 
 
-def _by_block(learner, params, batch, key, loss_args):
+def _by_block(learner, learned, count, params, batch, loss_args):
     layers = split_layers(params)
 
-    def of(name):
-        def loss_fn(layer, batch, *loss_args):
-            return learner.loss_fn(
-                join_layers(layers | {name: layer}, params), batch, *loss_args
-            )
+    def of(name, old):
+        def loss_fn(layer, *args):
+            joined = join_layers(layers | {name: layer}, params)
+            return learner.loss_fn(joined, *args)
 
-        return moments(
-            loss_fn,
-            layers[name],
-            batch,
-            key,
-            loss_args=loss_args,
-            num_microbatches=learner.num_microbatches,
-            precision=learner.precision,
-            stderr=False,
-        )
+        own = dataclasses.replace(learner, loss_fn=loss_fn)
+        size = len(jax.tree.leaves(batch)[0])
+        return own.refresh(old, count, layers[name], batch, loss_args, size)
 
-    return {name: of(name) for name in layers}
+    return {name: of(name, old) for name, old in learned.items()}
 
 
 KINDS = {"block": _by_block, "rows": _by_rows}
@@ -102,37 +100,24 @@ class LayersState(NamedTuple):
     inner: Any  # Adam's
 
 
-def adam_per_layer(
-    learner, kind: str, every: int
-) -> optax.GradientTransformationExtraArgs:
+def adam_per_layer(learner, kind: str, every: int):
     """Adam's rescaling, its damping learned for each layer from the layer's noise."""
     adam = rmtdamp.scale_by_adam_shrinkage()
-    options = {
-        n: getattr(learner, n) for n in ("rule", "floor", "decay", "max_damping")
-    }
 
     def init(params):
         learned = {name: learner.init(x) for name, x in split_layers(params).items()}
         return LayersState(jnp.zeros((), jnp.int32), learned, adam.init(params))
 
     def update(updates, state, params=None, *, batch, loss_args=()):
-        def refresh():
-            attempt = next(iter(state.learned.values())).refresh_attempts
-            key = jax.random.fold_in(jax.random.key(learner.seed), attempt)
-            found = KINDS[kind](learner, params, batch, key, loss_args)
-            return {
-                name: learn_damping(old, found[name], state.count, **options)
-                for name, old in state.learned.items()
-            }
-
-        due = state.count % every == 0
-        learned = jax.lax.cond(due, refresh, lambda: state.learned)
+        count, old, inner = state
+        refresh = lambda: KINDS[kind](learner, old, count, params, batch, loss_args)
+        learned = jax.lax.cond(count % every == 0, refresh, lambda: old)
         # Adam's moments know no damping; what is not taken is not computed.
-        layers, inner = {}, state.inner
+        layers = {}
         for name, of in learned.items():
             new, inner = adam.update(updates, state.inner, params, damping=of.damping)
             layers[name] = split_layers(new)[name]
-        count = optax.safe_increment(state.count)
-        return join_layers(layers, updates), LayersState(count, learned, inner)
+        state = LayersState(optax.safe_increment(count), learned, inner)
+        return join_layers(layers, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -1,11 +1,9 @@
 """The optimisers of the training benches, by name; all that they ask of rmtdamp.
 
-    method, numbers, network -> an optax transformation
-
-A method is what is compiled, its numbers are traced. `OPTIMIZERS` has one line per
-optimiser; whoever uses a damping is wrapped in what holds or learns it. Measurements
-(the damping, KFAC's factors) are made in the step, or by hand by `refreshed`: XLA:CPU
-runs convolutions thirty times slower inside a conditional.
+A method is what is compiled, its numbers are traced; whoever uses a damping is wrapped
+in what holds or learns it. Measurements (the damping, KFAC's factors) are made in the
+step, or by hand by `refreshed`: XLA:CPU runs convolutions thirty times slower inside a
+conditional.
 """
 
 from typing import Any, NamedTuple
@@ -112,9 +110,8 @@ def transformation(method: Method, numbers: Numbers, network: Network, in_step=T
     tx = OPTIMIZERS[method.optimizer](rate, method, numbers, network)
     if method.optimizer in DAMPED:
         if method.learned:
-            tx = rmtdamp.auto_damping(
-                tx, learner, every=method.every if in_step else None
-            )
+            every = method.every if in_step else None
+            tx = rmtdamp.auto_damping(tx, learner, every=every)
         else:
             tx = rmtdamp.set_damping(tx, numbers.damping)
     return optax.with_extra_args_support(tx)

@@ -1,10 +1,11 @@
 """What is shown: Markdown tables, and three panels for every picture.
 
-A panel (curves, points with errors, a grid of numbers) draws on the axes that it is
-given; `save_figure` puts some side by side, with one legend below for all of them.
+A panel (curves, points with errors, a grid of numbers) draws on given axes; a figure
+is some side by side, with one legend below for all of them.
 """
 
 import functools
+import itertools
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,7 @@ from .runs import Row
 
 Order = Callable[[str], int]  # a label's place among all labels of a picture
 Panel = Callable[[Axes, Order], None]
+RATIO = ("ratio", "low", "high")
 LOG = {"damping_curve": "log", "train_error": "symlog"}
 
 
@@ -63,16 +65,20 @@ def _numbers(text: str) -> list[float]:
 
 @_panel
 def bars(axes: Axes, order: Order, table: list[Row], columns, heads) -> None:
-    """Columns of a record's table, "mean ± error", over what names its lines."""
-    names = [label([row[k] for k in heads]) for row in table]
-    for i, column in enumerate(columns):
-        offset, place = 0.7 * ((i + 0.5) / len(columns) - 0.5), order(column)
-        marks = {"fmt": "osD^vP*Xph"[place % 10], "color": f"C{place % 10}", "ms": 4}
-        for x, row in enumerate(table):
-            if found := _numbers(text := str(row.get(column, ""))):
-                error = found[1] if "±" in text else 0
-                axes.errorbar(x + offset, found[0], error, **marks, label=column)
-    axes.set_xticks(range(len(names)), names, fontsize=6, rotation=90)
+    """Columns of a table, "mean ± error": one by its last head, several by all."""
+    one = len(columns) == 1
+    along, rest = (heads[-1:], heads[:-1]) if one else (heads, ())
+    name = lambda row, of: label([row[k] for k in of])
+    names = list(dict.fromkeys(name(row, along) for row in table))
+    for row, column in itertools.product(table, columns):
+        series, text = name(row, rest) or column, str(row.get(column, ""))
+        if found := _numbers(text):
+            place, error = order(series) % 10, found[1] if "±" in text else 0
+            x = names.index(name(row, along)) + 0.07 * (place - 3)
+            marks = {"fmt": "osD^vP*XpH"[place], "color": f"C{place}", "ms": 4}
+            axes.errorbar(x, found[0], error, **marks, label=series)
+    axes.set_xticks(range(len(names)), names, fontsize=7, rotation=90)
+    axes.set(xlabel=", ".join(along), title=columns[0] if one else "")
 
 
 @_panel
@@ -93,7 +99,8 @@ def grid(axes: Axes, order: Order, table: list[Row], column, heads) -> None:
 def label(key: Any) -> str:
     """What names a line of a table, in one string."""
     word = lambda x: f"{x:g}" if isinstance(x, float) else str(x)
-    return key if isinstance(key, str) else ", ".join(map(word, filter(None, key)))
+    parts = key if isinstance(key, tuple | list) else (key,)
+    return ", ".join(map(word, filter(None, parts)))
 
 
 def training(found: dict[str, list[Row]], name: str, title: str = "") -> Panel:
@@ -112,7 +119,7 @@ def training(found: dict[str, list[Row]], name: str, title: str = "") -> Panel:
 def save_figure(path: pathlib.Path, panels: Sequence[Panel]) -> None:
     """Panels side by side, to a PNG."""
     figure, everywhere = plt.subplots(
-        1, len(panels), figsize=(9, 4.2), layout="constrained", squeeze=False
+        1, len(panels), figsize=(9, 4), layout="constrained", squeeze=False
     )
     # One label has one colour in all panels, and one place in the legend.
     seen, handles = {}, {}
@@ -122,7 +129,7 @@ def save_figure(path: pathlib.Path, panels: Sequence[Panel]) -> None:
     if handles:
         where = "outside lower center"
         figure.legend(handles.values(), handles, loc=where, ncols=4, fontsize=7)
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    figure.savefig(path, dpi=88, metadata={"Software": None})
     plt.close(figure)
 
 
@@ -140,17 +147,15 @@ def interval(found: dict[str, float]) -> str:
     return "{ratio:.2f} ({low:.2f} to {high:.2f})".format_map(found)
 
 
-def cost_table(rows: dict[str, Row], columns: str) -> str:
-    """A table of costs; a column is a path into a row, `hvp.seconds`."""
+def cost_table(rows: dict[str, Row]) -> str:
+    """A table of costs by name: a ratio and its interval, and what stands beside it."""
 
-    def text(name, row):
-        for part in name.split("."):
-            row = row.get(part.replace(",", ", ").replace("_", " "), row.get(part, ""))
-        if isinstance(row, dict):
-            return interval(row)
-        return f"{row:.3g}" if isinstance(row, float) else str(row)
+    def text(found):
+        if not isinstance(found, dict):
+            return str(found)
+        rest = {k: x for k, x in found.items() if isinstance(x, float)}
+        more = [f"{k} {x:.3g}" for k, x in rest.items() if k not in RATIO]
+        return "; ".join([interval(found), *more])
 
-    return markdown(
-        {"": name, **{c: text(c, row) for c in columns.split()}}
-        for name, row in rows.items()
-    )
+    columns = lambda row: {"ratio": row} if "ratio" in row else row
+    return markdown([{"": k, **columns(row)} for k, row in rows.items()], text)

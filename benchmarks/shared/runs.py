@@ -1,9 +1,8 @@
 """Finished runs, one line each: what was asked for -> what came out.
 
-A run is a function and the JSON that it is called with, so its line can be found
-again: whoever asks for the same run, in this experiment or another, gets the line. A
-kill loses the run that was being made and nothing else; made again it gives the same
-numbers, because seeds are part of what is asked for.
+A run is a function and the JSON that it is called with: whoever asks for the same run,
+in this experiment or another, gets its line. A kill loses the run being made and no
+other; made again it gives the same numbers, for seeds are part of what is asked for.
 """
 
 import functools

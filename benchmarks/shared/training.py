@@ -1,11 +1,9 @@
 """One training run, for every bench: task, method and numbers -> curves.
 
-    order of the data -> steps -> (evaluate) -> steps -> (evaluate) ...
-
 Between two evaluations the steps are one compiled scan that measures within the step;
 or, with `by_hand`, one compiled call each with the measurements between them, as
 convolutions on a CPU need it. `take_steps` is the scan for benches that put it under
-`vmap`. The seed fixes initial weights, the order of the data and the crops.
+`vmap`. The seed fixes initial weights and the order of the data.
 """
 
 import functools
@@ -46,7 +44,6 @@ class Task(NamedTuple):
     num_train: int | None = None  # None: all
     num_test: int | None = None
     pool: int = 1  # pixels are averaged pool x pool
-    augmented: bool = False
 
 
 @functools.cache
@@ -75,16 +72,10 @@ def data_of(folder: pathlib.Path, task: Task):
     return jax.device_put(parts), found.num_classes
 
 
-def model_of(task: Task, num_classes: int, shape, seed: int) -> nnx.Module:
-    """The task's model, fresh."""
-    options = {"num_classes": num_classes, "shape": shape, "width": task.width}
-    return models.build(task.model, **options, rngs=nnx.Rngs(seed))
-
-
 @functools.cache
 def network_of(task: Task, num_classes, shape, with_factors=False, factor=1.0):
     """The functions of the task's model; `factor` multiplies the loss."""
-    model = model_of(task, num_classes, shape, 0)
+    model = models.build(task.model, num_classes, shape, task.width)
     loss = lambda model, batch: factor * cross_entropy(model(batch[0]), batch[1])
     factors_fn = None
     if with_factors:
@@ -95,7 +86,7 @@ def network_of(task: Task, num_classes, shape, with_factors=False, factor=1.0):
 
 def initial(task: Task, num_classes, shape, seed):
     """(params, loss_args) of a fresh model."""
-    model = model_of(task, num_classes, shape, seed)
+    model = models.build(task.model, num_classes, shape, task.width, seed)
     params, rest = map(nnx.as_pure, nnx.split(model, nnx.Param, ...)[1:])
     return params, (rest,)
 
@@ -125,33 +116,24 @@ def step(network, tx, carry, batch):
     return (optax.apply_updates(params, updates), new, opt_state), value
 
 
-def pick(data_, rows, key, count, augmented=False):
+def pick(parts, rows):
     """The batch of these rows; all data where there are none."""
-    if rows.size == 0:
-        return data_
-    inputs, labels = data_[0][rows], data_[1][rows]
-    if not augmented:
-        return inputs, labels
-    key = jax.random.fold_in(key, count)
-    return data.augment(key, inputs, pad=inputs.shape[1] // 8), labels
+    return jax.tree.map(lambda x: x[rows], parts) if rows.size else parts
 
 
-def take_steps(network, tx, carry, data_, rows, key, first=0, augmented=False):
+def take_steps(network, tx, carry, parts, rows):
     """A scan over `rows`, (steps, batch size): the carry at its end, all losses."""
-
-    def one(carry, at):
-        return step(network, tx, carry, pick(data_, at[0], key, at[1], augmented))
-
-    return jax.lax.scan(one, carry, (rows, first + jnp.arange(len(rows))))
+    one = lambda carry, rows: step(network, tx, carry, pick(parts, rows))
+    return jax.lax.scan(one, carry, rows)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "network", "augmented"))
-def _scanned(method, network, numbers, carry, data_, rows, key, first, augmented):
+@functools.partial(jax.jit, static_argnames=("method", "network"))
+def _scanned(method, network, numbers, carry, parts, rows, first):
     tx = transformation(method, numbers, network)
-    return take_steps(network, tx, carry, data_, rows, key, first, augmented)[0]
+    return take_steps(network, tx, carry, parts, rows)[0]
 
 
-_pick = jax.jit(pick, static_argnames="augmented")
+_pick = jax.jit(pick)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "network"))
@@ -161,13 +143,12 @@ def stepped(method, network, numbers, carry, batch):
     return step(network, tx, carry, batch)[0]
 
 
-def _by_hand(method, network, numbers, carry, data_, rows, key, first, augmented):
+def _by_hand(method, network, numbers, carry, parts, rows, first):
     for count, some in enumerate(rows, first):
-        batch = _pick(data_, some, key, count, augmented=augmented)
+        batch = _pick(parts, some)
         params, loss_args, opt_state = carry
-        opt_state = refreshed(
-            method, numbers, network, opt_state, count, params, batch, loss_args
-        )
+        here = opt_state, count, params, batch, loss_args
+        opt_state = refreshed(method, numbers, network, *here)
         carry = params, loss_args, opt_state
         carry = stepped(method, network, numbers, carry, batch)
     return carry
@@ -212,8 +193,7 @@ def fit(
 ) -> Trained:  # fmt: skip
     """Train, evaluating every so many epochs and at the end, or so many times.
 
-    A run that is evaluated a number of times ends with the last of these, and of the
-    training set it judges as many examples as there are to test.
+    The latter ends with the last evaluation, each of as many training as test examples.
     """
     with_factors = method.optimizer.startswith("kfac")
     found = prepare(folder, task, seed, with_factors, factor)
@@ -227,7 +207,7 @@ def fit(
         per = epochs * num_batches // num_evaluations
         ends = [per * (i + 1) for i in range(num_evaluations)]
         judged = tuple(x[: len(test[1])] for x in train)
-    rng, key = np.random.default_rng(seed), jax.random.key(seed)
+    rng = np.random.default_rng(seed)
     order = [rng.permutation(num)[: num_batches * batch_size] for _ in range(epochs)]
     numbers = Numbers(learning_rate, damping, ends[-1] if ends else 0, weight_decay)
     tx = transformation(method, numbers, network, in_step=not by_hand)
@@ -236,9 +216,7 @@ def fit(
     curves: Row = {name: [] for name in ("step", *CURVES, "damping", "variance")}
     for start, end in itertools.pairwise([0, *ends]):
         rows = np.concatenate(order).reshape(-1, batch_size)[start:end].astype(np.int32)
-        carry = advance(
-            method, network, numbers, carry, train, rows, key, start, task.augmented
-        )
+        carry = advance(method, network, numbers, carry, train, rows, start)
         scores = np.ravel([evaluate(network, *carry[:2], x) for x in (judged, test)])
         new = [end, *rounded(scores), rounded(dampings(carry[2]))]
         new += [None if method.layers else scalar(carry[2], "measured_variance")]
@@ -281,10 +259,7 @@ def train_scanned(
     folder: pathlib.Path, *, task: Row, method: Row, loss_factor: float = 1.0,
     layers: str | None = None, **numbers,
 ) -> Row:  # fmt: skip
-    """A network without convolutions, measured in the step, judged ten times.
-
-    The damping's curve is that of each layer if `layers` has it learned so.
-    """
+    """A network without convolutions, measured in the step, judged ten times."""
     numbers |= {"factor": loss_factor, "num_evaluations": 10, "by_hand": False}
     made = Task(**task), Method(**method, layers=layers)
     done = fit(folder, *made, **numbers)

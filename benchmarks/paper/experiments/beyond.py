@@ -1,19 +1,22 @@
 """What the paper left open: other tasks without tuning, text, a damping per layer.
 
 Adam at its usual rate on small real tasks: flat dampings against the learner as it
-comes (`auto_adam`'s defaults), under both rules. Networks without convolutions go
-through `train_scanned`, the convolutional one through `train`, and tasks that two
-experiments share are run once.
+comes (`auto_adam`'s defaults), under both rules. Two more ask the same of the main
+job's own network and loop: Adam at two learning rates, and KFAC (the paper's Figure 11
+in another setting).
 """
 
 import functools
 import itertools
+import pathlib
 
 from benchmarks.paper._experiment import Experiment
 from benchmarks.shared import claims, report
 from benchmarks.shared.claims import Check, by, cells, difference, ends, mean, signed
-from benchmarks.shared.runs import Run
+from benchmarks.shared.runs import Row, Run
 from benchmarks.shared.training import train, train_scanned
+from rmtdamp.demo import _train as demo
+from rmtdamp.demo._data import load_digits, load_idx
 
 RATE, FLOOR, NEAR = 1e-3, 1e-4, 0.05
 DAMPINGS = (1e-8, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -49,6 +52,12 @@ EQUIVARIANT = {**LEARNED, "rule": "scaled-identity"}
 RULES = {"learned": LEARNED, "learned, equivariant": EQUIVARIANT}
 KINDS = {"block": "its block", "rows": "its rows"}
 PLAIN = "flat 1e-08"
+# The main job, with every field, so that finished runs outlive its defaults.
+ADAM_JOB = demo.Settings(
+    30, 128, 256, 1e-3, 0.05, 1e-2, 1e-4, 100, "identity", "damping"
+)
+KFAC_JOB = demo.Settings(30, 128, 128, 0.03, 0.05, 0.1, 1e-2, 20, "identity", "damping")
+RATES, FORMS, FLOORS = (1e-3, 1e-2), ("damping", "shrinkage"), (1e-3, 1e-2, 1e-1)
 COLUMNS = {
     "train loss": ("train_loss", 3),
     "test loss": ("test_loss", 3),
@@ -96,7 +105,46 @@ def _layer_runs():
     ]
 
 
+def main_job(folder: pathlib.Path, *, data, method, settings: Row, seed) -> Row:
+    """A run of `python -m rmtdamp` on 5,000 images; curves by epoch, or of some."""
+    found = load_digits() if data == DIGITS else load_idx(folder / data)
+    found = found._replace(train=tuple(x[:5000] for x in found.train))
+    records = list(demo.train(found, method, demo.Settings(**settings), seed))
+    names = ("train_loss", "test_loss", "test_accuracy", "damping", "measured_variance")
+    return {name: [getattr(record, name) for record in records] for name in names}
+
+
+def _job_runs(cases):
+    runs = [{"data": x, "method": m, "settings": of._asdict()} for x, m, of in cases]
+    return [Run(main_job, run | {"seed": seed}) for run in runs for seed in range(5)]
+
+
+def _rate_runs():
+    cases = []
+    for rate in RATES:
+        base = ADAM_JOB._replace(learning_rate=rate)
+        flat = sorted({*DAMPINGS, *FINE})
+        cases += [("adam-shrinkage", base._replace(damping=d)) for d in flat]
+        learned = itertools.product(demo.RULES, FORMS, (1e-5, 1e-4, 1e-3))
+        for rule, form, floor in learned:
+            changed = base._replace(rule=rule, form=form, floor=floor)
+            cases.append(("auto-adam", changed))
+    return _job_runs((FASHION, *case) for case in cases)
+
+
+def _kfac_runs():
+    cases = [("kfac", KFAC_JOB._replace(damping=d)) for d in (*FLOORS, 0.3, 1.0)]
+    cases += [("auto-kfac", KFAC_JOB._replace(floor=floor)) for floor in FLOORS]
+    return _job_runs((data, *case) for data in (DIGITS, FASHION) for case in cases)
+
+
 def label_of(row):
+    if of := row.get("settings"):
+        if not row["method"].startswith("auto"):
+            return f"flat {of['damping']:g}"
+        usual = {"rule": "identity", "form": "damping"}
+        unlike = [f", {of[k]}" for k, v in usual.items() if of[k] != v]
+        return f"learned from {of['floor']:g}{''.join(unlike)}"
     if not row["method"].get("learned"):
         return f"flat {row['damping']:g}"
     label = next(k for k, v in RULES.items() if v == row["method"])
@@ -104,19 +152,30 @@ def label_of(row):
 
 
 def _heads(row):
-    task = NAMES[row["task"]["dataset"]]
-    if "loss_factor" in row:
-        task += f", loss x {row['loss_factor']:g}"
-    return {"task": task, "damping": label_of(row)}
+    if of := row.get("settings"):
+        rate = f", {of['learning_rate']:g}"
+        return {"task": NAMES[row["data"]] + rate, "damping": label_of(row)}
+    factor = f", loss x {row['loss_factor']:g}" if "loss_factor" in row else ""
+    return {"task": NAMES[row["task"]["dataset"]] + factor, "damping": label_of(row)}
+
+
+def _each(rows):
+    """In the order of the tasks; the main job's rows by the others' names."""
+    for row in rows:
+        if "settings" in row:
+            row["test_error"] = [1 - x for x in row["test_accuracy"]]
+            row["damping_curve"] = row["damping"]
+    task_of = lambda row: row.get("data") or row["task"]["dataset"]
+    return sorted(rows, key=lambda row: list(TASKS).index(task_of(row)))
 
 
 def _tasks(found):
     """Task -> label -> rows, but for the loss times a factor."""
-    tasks: dict = {name: {} for name in NAMES.values()}
+    tasks: dict = {}
     for (task, label), rows in found.items():
-        if task in tasks:
-            tasks[task][label] = rows
-    return {task: of for task, of in tasks.items() if of}
+        if "loss x" not in task:
+            tasks.setdefault(task, {})[label] = rows
+    return tasks
 
 
 def best_of(labels) -> str:
@@ -143,7 +202,7 @@ def _line(key, found, scaled=False):
     final = settled(rows).values()
     line = cells(rows, COLUMNS)
     line["to the best flat"] = "best" if label == best else to(best)
-    line["to flat 1e-08"] = "" if label == PLAIN else to(PLAIN)
+    line["to flat 1e-08"] = to(PLAIN) if label != PLAIN and PLAIN in labels else ""
     shown = dict.fromkeys([min(final), max(final)])
     return line | {"final damping": " to ".join(f"{x:.2g}" for x in shown)}
 
@@ -154,17 +213,17 @@ def _more(found):
     for factor, label in itertools.product(sorted((*FACTORS, 1.0)), RULES):
         key = f"{NAMES[FASHION]}, loss x {factor:g}", label
         of = found | {key: found.get(key) or found[NAMES[FASHION], label]}
-        line = {"task": key[0], "damping": label, **_line(key, of, scaled=True)}
+        line = {"task": key[0], "damping": label}
+        line |= _line(key, of, scaled=True) or {}
         left_out = ("test error, %", "to flat 1e-08")
         lines.append({k: v for k, v in line.items() if k not in left_out})
     return lines
 
 
-def _near(labels, share=NEAR):
-    text = f"Learned within {100 * share:g} % of the best flat damping's test loss"
-    return claims.within(
-        text, share, loss(labels["learned"]), loss(labels[best_of(labels)])
-    )
+def _near(labels, label="learned", share=NEAR, task=""):
+    text = f"{task}{label} within {100 * share:g} % of the best flat test loss"
+    ours, best = loss(labels[label]), loss(labels[best_of(labels)])
+    return claims.within(text, share, ours, best)
 
 
 def _on_tasks(found):
@@ -182,6 +241,22 @@ def _on_text(found):
     plain, ours = loss(labels[PLAIN]), loss(labels["learned"])
     below = claims.less("learned is below Adam's (1e-8), nats", ours, plain)
     return [_near(labels, share=0.01), below]
+
+
+def _at_rates(found):
+    checks, label = [], "learned from 0.0001"
+    for task, of in _tasks(found).items():
+        text = f"{task}: {label} below plain Adam"
+        checks.append(_near(of, label, task=f"{task}: "))
+        checks.append(claims.less(text, loss(of[label]), loss(of[PLAIN])))
+    return checks
+
+
+def _from_floors(found):
+    tasks = itertools.product(_tasks(found).items(), FLOORS)
+    return [
+        _near(of, f"learned from {x:g}", task=f"{task}: ") for (task, of), x in tasks
+    ]
 
 
 def _by_layer(found):
@@ -207,17 +282,15 @@ def _paths(rows):
         yield report.training(layers, "damping_curve", f"damping of a layer by {text}")
 
 
-GAPS, ENDS = ("symlog", "to the best flat"), ("log", "final damping")
-_in_order = lambda rows: sorted(
-    rows, key=lambda r: list(TASKS).index(r["task"]["dataset"])
-)
+GAPS, ENDS = ("linear", "to the best flat"), ("log", "final damping")
 _of = lambda name, runs, checks, pictures, more=lambda found: []: Experiment(
-    name, runs, _heads, _line, checks, pictures, more, _in_order
+    name, runs, _heads, _line, checks, pictures, more, _each
 )
-_text_runs = functools.partial(compared, TEXT)
 CURVES = ("test_loss", "damping_curve")
 EXPERIMENTS = [
     _of("beyond_tasks", _task_runs, _on_tasks, [GAPS, ENDS], _more),
-    _of("beyond_text", _text_runs, _on_text, CURVES),
+    _of("beyond_text", lambda: compared(TEXT), _on_text, CURVES),
     _of("beyond_layers", _layer_runs, _by_layer, [GAPS, _paths]),
+    _of("beyond_rates", _rate_runs, _at_rates, [("log", "test loss")]),
+    _of("beyond_kfac", _kfac_runs, _from_floors, [("log", "test loss")]),
 ]

@@ -64,15 +64,15 @@ def epoch_time(
         return run
 
     def refresh(learner, sample=None):
-        found = functools.partial(
-            optimizers.refresh_damping, state_of(learned), learner
-        )
-        return lambda: jax.block_until_ready(found(*here, curvature_batch=sample))
+        by_hand, state = optimizers.refresh_damping, state_of(learned)
+        call = lambda: by_hand(state, learner, *here, curvature_batch=sample)
+        return lambda: jax.block_until_ready(call())
 
     def factors(eigen):
-        state = state_of(method("kfac"))
-        found = functools.partial(optimizers.refresh_factors, network, state)
-        return lambda: jax.block_until_ready(found(*here, eigen=eigen))
+        by_hand, state = optimizers.refresh_factors, state_of(method("kfac"))
+        return lambda: jax.block_until_ready(
+            by_hand(network, state, *here, eigen=eigen)
+        )
 
     own, learning = refresh(learner()), steps(learned)
     calls = {
@@ -128,15 +128,11 @@ def _runs():
     sizes = {"task": mlp, "num_batches": 16, "num_probes": 16}
     common = {"task": MLP | {"num_train": 5000}, "learning_rate": RATE}
     common |= {"damping": FLOOR, "epochs": 15, "batch_size": BATCH_SIZE}
-    methods = [
-        {"optimizer": optimizer, "learned": True, "every": gap}
-        for optimizer in NAMES
-        for gap in GAPS
-    ]
+    kinds = itertools.product(NAMES, GAPS)
+    methods = [{"optimizer": x, "learned": True, "every": gap} for x, gap in kinds]
     compared = runs_of(agreement, sizes, seed=SEEDS, epochs=EPOCHS)
-    return (
-        timed + compared + runs_of(training.train, common, seed=SEEDS, method=methods)
-    )
+    trained = runs_of(training.train, common, seed=SEEDS, method=methods)
+    return timed + compared + trained
 
 
 def _hundred_steps(row, optimizer):

@@ -1,6 +1,7 @@
 """Figures 4 to 6: LanczosOPT (eq. 9) on logistic regression, at the paper's scale."""
 
 import functools
+import itertools
 import pathlib
 
 import jax
@@ -47,7 +48,7 @@ def _descend(method, network, settings, seed, start, parts, chapters):
         tx = transformation(method, numbers, network)
 
         def chapter(carry, _):
-            carry, _ = training.take_steps(network, tx, carry, parts[0], rows, None)
+            carry, _ = training.take_steps(network, tx, carry, parts[0], rows)
             sums = [training.judge(network, *carry[:2], x) / len(x[1]) for x in parts]
             return carry, jnp.concatenate(sums)
 
@@ -83,11 +84,8 @@ def lanczos_opt(
 
 
 def _runs(dataset):
-    newton = [
-        {"learning_rate": RATE, "damping": d, "divisor": e}
-        for e in DIVISORS
-        for d in DAMPINGS
-    ]
+    pairs = itertools.product(DIVISORS, DAMPINGS)
+    newton = [{"learning_rate": RATE, "damping": d, "divisor": e} for e, d in pairs]
     descent = [{"learning_rate": r} for r in GD_RATES]
     shared = {"dataset": dataset, "epochs": EPOCHS}
     return runs_of(lanczos_opt, shared, seed=SEEDS, settings=(newton, descent))
@@ -113,13 +111,10 @@ def _checks(found):
     test = lambda eta, d: ends(found[f"LOPT[{eta}]", d], "test_error", 100)
     train = lambda eta, d: ends(found[f"LOPT[{eta}]", d], "train_error", 100)
     gap = lambda eta, d: np.subtract(test(eta, d), train(eta, d))
-    falling = DAMPINGS[::-1]
-    checks = [
-        trend("The test error rises as delta falls, points",
-              [test(1, d) for d in falling]),
-        trend("The gap between test and training error rises with it, points",
-              [gap(1, d) for d in falling]),
-    ]  # fmt: skip
+    text = "The gap between test and training error rises with it, points"
+    along = [[of(1, d) for d in DAMPINGS[::-1]] for of in (test, gap)]
+    checks = [trend("The test error rises as delta falls, points", along[0])]
+    checks.append(trend(text, along[1]))
     for eta in (3, 10):
         average = [np.mean([gap(e, d) for d in DAMPINGS], axis=0) for e in (eta, 1)]
         text = f"eta = {eta} raises the test error more than the training error"
@@ -134,26 +129,17 @@ def _panels(rows):
     found = by(_each(rows), lambda row: tuple(_heads(row).values()))
     for delta in (1e-2, 1.0):
         of = {k[0]: v for k, v in found.items() if k[1] in (delta, None)}
-        for name in ("train_error", "test_error"):
-            yield report.training(
-                of, name, f"{name.replace('_', ' ')}, delta {delta:g}"
-            )
+        yield report.training(of, "train_error", f"training error, delta {delta:g}")
+        yield report.training(of, "test_error", f"test error, delta {delta:g}")
 
 
 GRID = [("grid", "train error, %"), ("grid", "test error, %")]
+_line = lambda key, found: cells(found[key], COLUMNS)
+_of = lambda name, dataset, pictures: Experiment(
+    name, lambda: _runs(dataset), _heads, _line, _checks, pictures, each=_each
+)
 EXPERIMENTS = [
-    Experiment(
-        name,
-        functools.partial(_runs, dataset),
-        _heads,
-        lambda key, found: cells(found[key], COLUMNS),
-        _checks,
-        pictures,
-        each=_each,
-    )
-    for name, dataset, pictures in (
-        ("fig4_mnist", "mnist", GRID),
-        ("fig5_mnist", "mnist", [_panels]),
-        ("fig6_fashion", "fashion-mnist", [_panels]),
-    )
+    _of("fig4_mnist", "mnist", GRID),
+    _of("fig5_mnist", "mnist", [_panels]),
+    _of("fig6_fashion", "fashion-mnist", [_panels]),
 ]
