@@ -13,7 +13,6 @@
 | `frobenius_norm` | (Tr H^2)^1/2, with its standard error |
 | `lanczos`, `eigsh`, `largest_eigenvalue` | Krylov basis, extreme eigenpairs |
 | `spectral_density` | the whole spectrum as weighted points |
-| `FactorsFn`, `make_blocks`, `Tape` | Kronecker factors of a layer, for KFAC |
 | `check_loss` | is the loss a mean over independent examples, as `moments` needs? |
 | `check_symmetric` | is a matvec symmetric, as Lanczos' iteration assumes? |
 
@@ -23,17 +22,8 @@ Vectors are pytrees like `params`; nothing is flattened. Needs JAX only.
 from ._apply import dataset_matvec as dataset_matvec, restrict as restrict
 from ._check import check_loss as check_loss
 from ._eigsh import eigsh as eigsh
-from ._factors import Curvature as Curvature, FactorsFn as FactorsFn
 from ._frobenius import frobenius_norm as frobenius_norm
 from ._gauss_newton import fisher_matvec as fisher_matvec, ggn_matvec as ggn_matvec
-from ._kronecker import (
-    Block as Block,
-    Factors as Factors,
-    KroneckerFactors as KroneckerFactors,
-    LayerRecord as LayerRecord,
-    block_table as block_table,
-    make_blocks as make_blocks,
-)
 from ._lanczos import (
     EigenPairs as EigenPairs,
     Tridiagonal as Tridiagonal,
@@ -48,5 +38,4 @@ from ._spectrum import (
     noise_matvec as noise_matvec,
     spectral_density as spectral_density,
 )
-from ._tape import Tape as Tape
 from ._trace import Estimate as Estimate, diagonal as diagonal, trace as trace

@@ -17,6 +17,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from rmtdamp._checks import check_scalar
 from rmtdamp._tree import aligned, check_params
 from rmtdamp._types import Batch, LossFn, Matvec, Mode, Params
 
@@ -26,25 +27,6 @@ def matmul_precision(precision: str | None):
     if precision is None:
         return contextlib.nullcontext()
     return jax.default_matmul_precision(precision)
-
-
-def check_scalar(loss_fn: LossFn, params: Params, batch: Batch, loss_args) -> None:
-    """Refuse a loss that is not one real number; costs an abstract evaluation.
-
-    Raises:
-        TypeError: the loss returns anything but a real floating scalar.
-    """
-    out = jax.eval_shape(loss_fn, params, batch, *loss_args)
-    if not isinstance(out, jax.ShapeDtypeStruct):
-        raise TypeError(
-            f"loss_fn must return one scalar and returned a {type(out).__name__}: "
-            "return the mean loss alone, without auxiliary output"
-        )
-    if out.shape != () or not jnp.issubdtype(out.dtype, jnp.floating):
-        raise TypeError(
-            f"loss_fn must return a real scalar and returned shape {out.shape}, dtype "
-            f"{out.dtype}: return the mean over the batch, jnp.mean(losses)"
-        )
 
 
 _FORWARD, _REVERSE = "forward-over-reverse", "reverse-over-reverse"
@@ -111,7 +93,7 @@ def _only(pullback, vector):
     return found
 
 
-def hessian_product(
+def loss_and_product(
     loss_fn: LossFn,
     params: Params,
     batch: Batch,
@@ -119,11 +101,13 @@ def hessian_product(
     loss_args,
     mode: Mode,
 ):
-    """H v, once, without checks: for use inside traced code."""
+    """The loss and H v, once, without checks: for use inside traced code."""
+    value_and_grad = lambda p: jax.value_and_grad(loss_fn)(p, batch, *loss_args)
     if mode == _REVERSE:
-        return derivative_of_gradient(loss_fn, params, batch, loss_args, mode)(vector)
-    gradient = lambda p: jax.grad(loss_fn)(p, batch, *loss_args)
-    return jax.jvp(gradient, (params,), (vector,))[1]
+        _, back, loss = jax.vjp(lambda p: value_and_grad(p)[::-1], params, has_aux=True)
+        return loss, _only(back, vector)
+    (loss, _), (_, product) = jax.jvp(value_and_grad, (params,), (vector,))
+    return loss, product
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "precision", "mode"))
@@ -131,7 +115,7 @@ def _hvp(loss_fn, params, batch, vector, loss_args, precision, mode):
     check_scalar(loss_fn, params, batch, loss_args)
     check_differentiable(loss_fn, params, batch, loss_args, mode)
     with matmul_precision(precision):
-        return hessian_product(loss_fn, params, batch, vector, loss_args, mode)
+        return loss_and_product(loss_fn, params, batch, vector, loss_args, mode)[1]
 
 
 def hvp(
