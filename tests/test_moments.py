@@ -14,7 +14,8 @@ from problems import (
     symmetric,
 )
 
-from rmtdamp._tree import rademacher, random_like
+from rmtdamp._basis import draw
+from rmtdamp._tree import rademacher
 from rmtdamp.hessian import moments
 
 
@@ -89,9 +90,7 @@ def test_jackknife_is_the_delete_one_jackknife():
     found = moments(
         quadratic_loss, jnp.ones(5), batch, jax.random.key(5), num_microbatches=6
     )
-    probe = random_like(
-        jax.random.fold_in(jax.random.key(5), 0), jnp.ones(5), rademacher
-    )
+    (probe,) = draw(jax.random.fold_in(jax.random.key(5), 0), jnp.ones(5), rademacher)
     rows = np.asarray(batch @ probe) / 5**0.5
 
     def sample_variance(rows):

@@ -171,12 +171,8 @@ def test_stands_inside_the_owners_and_compiles_once():
     learner = DampingLearner(mlp_loss, floor=0.1)
     inner = scale_by_shampoo(eigen_every=2)
     for tx in (
-        set_damping(
-            scale_by_shampoo(eigen_every=2), optax.linear_schedule(1.0, 0.1, 4)
-        ),
-        auto_damping(
-            optax.chain(scale_by_shampoo(eigen_every=2)), learner, refresh_every=2
-        ),
+        set_damping(inner, optax.linear_schedule(1.0, 0.1, 4)),
+        auto_damping(optax.chain(inner), learner, refresh_every=2),
     ):
 
         def body(state, _, tx=tx):

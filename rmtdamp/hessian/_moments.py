@@ -15,24 +15,25 @@ outweighs the noise.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rmtdamp._basis import draw, pack, unpack, zeros
+from rmtdamp._jax import is_traced
 from rmtdamp._tree import (
     accumulation_dtype,
+    aligned,
     check_params,
     num_examples,
     rademacher,
-    random_like,
     size,
     vdot,
 )
 from rmtdamp._types import Batch, Execution, Key, LossFn, Mode, Params
 
-from ._apply import is_traced
 from ._products import (
     check_differentiable,
     check_mode,
@@ -91,22 +92,20 @@ def _execution(loss_fn, params, batch, loss_args, traced: bool) -> Execution:
 class _Sums(NamedTuple):
     """What has been seen of the y_i so far (Welford: centred all along)."""
 
-    mean: Params  # of the y_i, in the accumulation dtype
+    mean: list[jax.Array]  # of the y_i, packed
     total: jax.Array  # (), sum_i ||y_i - mean||^2
     loss: jax.Array  # (), sum of the losses
 
 
 def _no_sums(params: Params) -> _Sums:
-    dtype = accumulation_dtype(params)
-    zero = lambda: jnp.zeros((), dtype)  # not shared: the sums are donated
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), params)
-    return _Sums(zeros, zero(), zero())
+    zero = lambda: jnp.zeros((), accumulation_dtype(params))  # the sums are donated
+    return _Sums(zeros(jax.eval_shape(pack, params)), zero(), zero())
 
 
-def _add(sums: _Sums, i, loss, product: Params) -> _Sums:
+def _add(sums: _Sums, i, loss, product: list) -> _Sums:
     dtype = sums.total.dtype
     seen = jnp.asarray(i, dtype)
-    step = jax.tree.map(lambda y, mu: y.astype(dtype) - mu, product, sums.mean)
+    step = jax.tree.map(jnp.subtract, product, sums.mean)
     return _Sums(
         mean=jax.tree.map(lambda mu, d: mu + d / (seen + 1), sums.mean, step),
         total=sums.total + vdot(step, step) * (seen / (seen + 1)),
@@ -114,19 +113,17 @@ def _add(sums: _Sums, i, loss, product: Params) -> _Sums:
     )
 
 
-def _terms(products: Params, mean: Params) -> jax.Array:
+def _terms(products: list, mean: list) -> jax.Array:
     """||y_i - mean||^2 of each row of the stacked `products`, shape (n,)."""
     rows = jax.tree.map(
-        lambda y, mu: jnp.sum(
-            jnp.square(y.astype(mu.dtype) - mu[None]), axis=tuple(range(1, y.ndim))
-        ),
+        lambda y, mu: jnp.sum(jnp.square(y - mu[None]), axis=tuple(range(1, y.ndim))),
         products,
         mean,
     )
     return jnp.sum(jnp.stack(jax.tree.leaves(rows)), axis=0)
 
 
-def _stacked(products: list[Params]) -> Params:
+def _stacked(products: list) -> Any:
     return jax.tree.map(lambda *ys: jnp.stack(ys), *products)
 
 
@@ -141,13 +138,20 @@ def _part(parts: Batch, i) -> Batch:
     return jax.tree.map(lambda x: row(x, i), parts)
 
 
-def _probe(key: Key, number, params: Params) -> Params:
+def _probe(key: Key, number, params: Params) -> list[jax.Array]:
     # +-1 is exact in every dtype, so the unit norm is restored by dividing quadratic
     # forms by P. Signs have the least variance of probes with independent entries.
-    return random_like(jax.random.fold_in(key, number), params, rademacher)
+    return draw(jax.random.fold_in(key, number), params, rademacher)
 
 
-def _row(probe: Params, sums: _Sums, products: Params | None) -> tuple:
+def _evaluate(loss_fn, params, part, probe, loss_args, mode):
+    """The loss of a microbatch and its packed product with the probe."""
+    vector = aligned(unpack(probe, params), params)
+    loss, product = loss_and_product(loss_fn, params, part, vector, loss_args, mode)
+    return loss, pack(product)
+
+
+def _row(probe: list, sums: _Sums, products: list | None) -> tuple:
     """What one probe says: v^T ybar, ||ybar||^2, sum_i ||y_i - ybar||^2, its terms."""
     terms = None if products is None else _terms(products, sums.mean)
     mean = sums.mean
@@ -171,9 +175,7 @@ def _in_graph(
 
     def measure(number):
         probe = _probe(key, number, params)
-        evaluate = lambda part: loss_and_product(
-            loss_fn, params, part, probe, loss_args, mode
-        )
+        evaluate = lambda part: _evaluate(loss_fn, params, part, probe, loss_args, mode)
 
         def take(sums, i):
             loss, product = evaluate(_part(parts, i))
@@ -182,12 +184,9 @@ def _in_graph(
         with matmul_precision(precision):
             if execution == "vmap":
                 losses, products = jax.vmap(evaluate, in_axes=1)(parts)
-                dtype = accumulation_dtype(params)
-                mean = jax.tree.map(
-                    lambda y: jnp.mean(y.astype(dtype), axis=0), products
-                )
+                mean = [jnp.mean(y, axis=0) for y in products]
                 total = jnp.sum(_terms(products, mean))
-                sums = _Sums(mean, total, jnp.sum(losses.astype(dtype)))
+                sums = _Sums(mean, total, jnp.sum(losses.astype(total.dtype)))
             elif execution == "scan":
                 sums, products = jax.lax.scan(take, _no_sums(params), jnp.arange(n))
             else:
@@ -224,7 +223,7 @@ def _take(
     part = _part(_parts(batch, num_microbatches), i)
     _check(loss_fn, params, part, loss_args, mode)
     with matmul_precision(precision):
-        loss, product = loss_and_product(loss_fn, params, part, probe, loss_args, mode)
+        loss, product = _evaluate(loss_fn, params, part, probe, loss_args, mode)
     return _add(sums, i, loss, product), (product if stderr else None)
 
 
