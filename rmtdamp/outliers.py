@@ -124,9 +124,9 @@ def spiked_law(eigenvalues, noise: Spectrum) -> tuple[jax.Array, jax.Array]:
     1/nu = G(lambda) and overlap^2 = -G^2 / G', with G(x) = P^-1 Tr (x - X)^-1. X and
     -X have the same law, since the halves of a batch may change places, so that
     G(x) = sum_j w_j x / (x^2 - theta_j^2). For Wigner's semicircle these are
-    nu = (lambda + (lambda^2 - 4 s^2)^1/2) / 2 and 1 - s^2 / nu^2: Theorem 1. Only traces
-    of the noise enter, so a quadrature from a few probes will do: `spectral_density` of
-    `noise_matvec` of two halves.
+    nu = (lambda + (lambda^2 - 4 s^2)^1/2) / 2 and 1 - s^2 / nu^2: Theorem 1. Only
+    traces of the noise enter, so a quadrature from a few probes will do:
+    `spectral_density` of `noise_matvec` of two halves.
 
     Args:
         eigenvalues: lambda, (k,), each of larger magnitude than every node.

@@ -1,4 +1,4 @@
-"""Two halves of a batch -> the batch's eigenpairs, and how far the halves agree on them.
+"""Two halves of a batch -> its eigenpairs, and how far the halves agree on each.
 
     batch -> halves -> two matvecs -> eigenpairs of both and of their mean -> agreements
 

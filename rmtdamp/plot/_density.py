@@ -46,7 +46,7 @@ def spectral_density(
     Args:
         spectrum: of the Hessian, from `rmtdamp.hessian.spectral_density`.
         outliers: of the same batch, from `rmtdamp.outliers.outliers`.
-        noise: of the same batch, the `spectral_density` of `noise_matvec` of two halves.
+        noise: of the same batch: `spectral_density` of `noise_matvec` of two halves.
         variance: s^2 of the semicircle, in the squared unit of an eigenvalue; default:
             P^-1 Tr X^2 of `noise`, if given, else no semicircle.
         linear_width: w, below which the axis is linear, in the unit of an eigenvalue;

@@ -252,8 +252,8 @@ def _outlier_table(report: Report) -> Table:
     found = report.outliers
     count = int(np.sum(np.asarray(found.is_outlier)))
     table = Table(
-        title=f"\nEigenvectors of batch 0: {count} of {len(found.eigenvalues)} are more "
-        "than noise",
+        title=f"\nEigenvectors of batch 0: {count} of {len(found.eigenvalues)} are "
+        "more than noise",
         title_justify="left",
         title_style="bold",
         caption="overlap²: with the true eigenvectors, from two halves of the batch"
