@@ -11,10 +11,12 @@ examples it was not found on?
 
 A direction whose squared overlap with the truth is c^2 in a batch and c_h^2 in half of
 it is shown by the two halves with squared cosine c_h^4 to each other, since their noise
-is independent. In the setting of Theorem 1, as P grows, the agreement of
-`rmtdamp.hessian.split_half_eigsh` is 2 c_h^4 / (1 + c_h^2), and c^2 = (1 + c_h^2) / 2:
-one number measured, both overlaps known. For any noise that turns vectors by little the
-same holds to first order, because the squared angle halves as the batch doubles.
+is independent. In the setting of Theorem 1, as P grows, the batch's vector has squared
+cosine 2 c_h^2 / (1 + c_h^2) to that of a half, so that the agreement which
+`rmtdamp.hessian.split_half_eigsh` measures is 2 c_h^4 / (1 + c_h^2), and
+c^2 = (1 + c_h^2) / 2: one number measured, both overlaps known. For any noise that
+turns vectors by little the same holds to first order, because the squared angle halves
+as the batch doubles.
 
 `spiked_law` answers another question: what noise without preferred directions would do.
 """
@@ -49,28 +51,25 @@ def outliers(measured: SplitHalfPairs) -> Outliers:
 
         c^2 = (1 + c_h^2) / 2,    nu = lambda / (2 - c^2),    outlier: c_h^4 > 1/2.
 
-    A vector is an outlier if the halves share more than half of it, that is, from
-    c^2 = 0.85 on. c^2 estimates the squared projection of the batch's eigenvector on
-    the span of the k leading true ones, so that turning among close eigenvalues costs
-    nothing. Near 1/2 it is a bound: a half batch that shows nothing of a direction does
-    not tell whether the whole shows less than half of it.
+    A vector is an outlier if the halves show each other more than half of it, which is
+    from c^2 = 0.85 on. c^2 estimates the squared projection of the batch's eigenvector
+    on the span of the leading true ones, as many as were compared, so that turning
+    among close eigenvalues costs nothing. Near 1/2 it is no estimate: a half that shows
+    nothing of a direction does not tell how much less than half of it the whole shows.
 
     nu takes away what noise adds to an eigenvalue by turning its vector (Theorem 1).
-    The scatter of the curvature along the vector itself remains.
+    The scatter of the curvature along the vector itself remains in it.
 
-    Assumed: examples are independent, and the noise turns vectors into many more than
-    k directions. Nothing is assumed about its law, nor about how large it is in
-    which direction. Multiplying the loss by a number changes lambda and nu alone.
+    Assumed: examples are independent, and the noise turns vectors into many more than k
+    directions. Nothing is assumed of its law, nor of how large it is in which
+    direction. Multiplying the loss by a number changes lambda and nu alone.
 
-    Tried where the truth is known, k = 9: Wigner noise, curvature that scatters along
-    the true directions (log-normal, Student t, Pareto), linear regression with Gaussian
-    and Student inputs, and networks of 610 and 2,410 parameters on digits with batches
-    of 64 to 256. Of vectors whose squared overlap was above 0.9 at most 10 % were
-    missed in any setting (2 % on the networks), of those below 0.5 at most 5 % called
-    true, but for vectors at the k-th place, where the order of close eigenvalues
-    decides. c^2 was off by 0.04 (standard deviation) above 0.9 and by 0.1 between 0.7
-    and 0.9. Missed: a direction that one half hardly sees, because its curvature
-    scatters by its own size, or because stronger noise takes its place among the k.
+    On networks of 610 to 4,810 parameters and batches of 64 to 256, against the whole
+    data set, 28 of 1,774 vectors with a squared overlap of 0.9 or more were missed and
+    3 of 39 with less than 0.5 called true; above 0.9 c^2 was off by -0.01 ± 0.02.
+    What is missed: directions whose curvature scatters so much that a half has little
+    of it or the wrong sign, and the last ones, where the order of close eigenvalues
+    decides which are among the k. Ask for a few more than you need.
 
     Args:
         measured: from `rmtdamp.hessian.split_half_eigsh`.

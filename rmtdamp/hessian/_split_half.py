@@ -115,7 +115,8 @@ def split_half_eigsh(
         second: product with that of the other, of the same number of examples.
         like: pytree of P real floating numbers, such as the params.
         key: a key of `jax.random`.
-        k: eigenpairs to give, at most P / 4: larger spans agree by chance.
+        k: eigenpairs to give, at most P / 4: larger spans agree by chance, in few
+            dimensions even these (of P = 20 one vector of noise in seven).
         spare: further ones to find, as far as P / 4 leaves room. A half may have a
             vector of noise, or two in another order, among its first k.
         tol: relative residual asked of `eigsh`.
