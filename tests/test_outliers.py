@@ -318,13 +318,13 @@ def overlaps_with(found, truth):
 
 def judged(loss_fn, params, batches, data, key, k=9):
     """(found, overlap with the data set) of each batch, a draw each."""
-    truth = eigsh(
-        dataset_matvec(loss_fn, params, data), params, key, k=k + 2, which="LM"
-    )
+    whole = dataset_matvec(loss_fn, params, data)
+    keys = jax.random.split(key, 1 + len(batches))
+    truth = eigsh(whole, params, keys[0], k=k + 2, which="LM")
     draws = []
-    for batch in batches:
-        first, second = (hessian_matvec(loss_fn, params, x) for x in halves(batch))
-        found = outliers(split_half_eigsh(first, second, params, key, k=k))
+    for batch, batch_key in zip(batches, keys[1:], strict=True):
+        matvecs = [hessian_matvec(loss_fn, params, half) for half in halves(batch)]
+        found = outliers(split_half_eigsh(*matvecs, params, batch_key, k=k))
         draws.append((found, overlaps_with(found, truth)))
     return draws
 
@@ -341,7 +341,7 @@ def test_a_network_on_digits():
     draws = []
     with jax.numpy_rank_promotion("allow"):
         for seed, num_steps in enumerate((0, 40, 150, 600)):
-            start, shuffle, order = jax.random.split(jax.random.key(seed), 3)
+            start, shuffle, order, judging = jax.random.split(jax.random.key(seed), 4)
             params = example._initial(start)
             steps = jax.random.randint(shuffle, (num_steps, 128), 0, 1280)
             if num_steps:
@@ -349,9 +349,8 @@ def test_a_network_on_digits():
             order = jax.random.permutation(order, 1280)
             batches = [rows(order[i : i + 64]) for i in range(0, 320, 64)]
             batches += [rows(order[i : i + 128]) for i in range(320, 960, 128)]
-            key = jax.random.key(1)
-            draws += judged(example.loss_fn, params, batches, [data], key)
-    check_rates(draws)
+            draws += judged(example.loss_fn, params, batches, [data], judging)
+    check_rates(draws, at_least=15)
 
 
 @pytest.mark.slow
