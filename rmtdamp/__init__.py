@@ -12,7 +12,7 @@ runs. One walk explains the package:
 | ACT | `rmtdamp.transforms` | damping -> preconditioned update, in optax |
 
 The random-matrix laws behind it are in `rmtdamp.rmt`; `rmtdamp.outliers` tells a
-Hessian's eigenvalues from its noise, `rmtdamp.stability` how large a learning rate may
+Hessian's directions from its noise, `rmtdamp.stability` how large a learning rate may
 be. For users: `rmtdamp.schedules`, `rmtdamp.flax`, `rmtdamp.plot`, `rmtdamp.spectrum`,
 and `python -m rmtdamp`.
 """

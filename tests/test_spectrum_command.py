@@ -97,7 +97,7 @@ def test_numbers_are_those_of_the_dense_hessians():
     near = functools.partial(np.testing.assert_allclose, atol=1e-3 * scale)
     near(got["largest"]["eigenvalues"], values[-1:])
     near(got["smallest"]["eigenvalues"], values[:1])
-    near(got["leading"]["eigenvalues"], sorted(values, key=abs)[:-5:-1])
+    near(got["leading"]["eigenvalues"], sorted(values, key=abs)[:-7:-1])
     trace = got["trace"]
     assert abs(trace["value"] - values.sum()) < 4 * trace["stderr"]
     assert trace["per_parameter"] == pytest.approx(trace["value"] / 20)
@@ -125,9 +125,10 @@ def test_noise_is_that_of_the_dense_hessians():
     assert abs(noise["variance"] - exact) < 4 * noise["variance_stderr"]
     halves = [dense_hessian(loss_fn, params, (x[i::2], y[i::2])) for i in (0, 1)]
     values = np.linalg.eigvalsh(np.asarray(halves[0] - halves[1]) / 2)
-    magnitudes = np.sort(np.abs(values))[::-1]
-    edge = 2 * magnitudes[0] - magnitudes[4]
-    assert noise["edge"] == pytest.approx(edge, rel=1e-2)
+    assert noise["edge"] == pytest.approx(np.abs(values).max(), rel=1e-4)
+    # Four probes of 20 parameters: a ratio of two means that scatter.
+    kurtosis = np.mean(values**4) / np.mean(values**2) ** 2
+    assert noise["kurtosis"] == pytest.approx(kurtosis, rel=0.5)
     assert noise["semicircle_edge"] == pytest.approx(2 * noise["variance"] ** 0.5)
     damping, mean, square = got["damping"], noise["mean"], noise["square"]
     assert damping["identity"] == noise["variance"]
@@ -138,9 +139,10 @@ def test_noise_is_that_of_the_dense_hessians():
 
 def test_overlaps_with_the_data_set_are_those_of_the_dense_vectors():
     leading = []
-    for matrix in dense():
+    # Those of the batch on the span of two more of the data set's.
+    for matrix, count in zip(dense(), (6, 4), strict=True):
         values, vectors = np.linalg.eigh(matrix)
-        leading.append(vectors[:, np.argsort(-np.abs(values))[:4]])
+        leading.append(vectors[:, np.argsort(-np.abs(values))[:count]])
     exact = ((leading[1].T @ leading[0]) ** 2).sum(1)
     got = as_json(report())["outliers"]["measured_overlaps_squared"]
     np.testing.assert_allclose(got, exact, atol=0.01)
@@ -220,8 +222,10 @@ def test_command_prints_a_page_and_writes_two_files(target, tmp_path, capsys):
         "semicircle 2",
         "damping, eq. 15",
         "damping, scale-equivariant",
-        "of 3 are outside",
-        "the noise",
+        "of 3 are more than",
+        "noise",
+        "verdict",
+        "measured",
         "rmtdamp-spectrum/spectrum.png",
         "note: batch 0 holds 25 examples, an odd number: its outliers are those of the",
     ):
@@ -280,13 +284,28 @@ def test_numbers_without_a_value_are_null_in_json_and_words_on_the_page(capsys):
         assert "any" in printed
 
 
+def test_the_page_says_of_each_vector_what_the_halves_say(capsys):
+    import rich
+
+    found = report()
+    out = jnp.array([True, False, True, True])
+    some = found.outliers._replace(is_outlier=out, overlaps_squared=jnp.full(4, 0.875))
+    rich.print(page(found._replace(outliers=some), "x"))
+    printed = capsys.readouterr().out
+    assert "3 of 4 are more than noise" in printed
+    rows = [x.split() for x in printed.splitlines() if " true " in x or " noise " in x]
+    rows = [x for x in rows if len(x) == 6]
+    assert [x[2] for x in rows] == ["true", "noise", "true", "true"]
+    assert [x[3] for x in rows] == ["0.875", "-", "0.875", "0.875"]
+
+
 @pytest.mark.parametrize(
     ("field", "part", "message"),
     [
         ("trace", "value", "the trace of the data set is not finite: .* at 0"),
         ("leading", "eigenvalues", "an eigenvalue of the data set is not finite"),
         ("moments", "variance", "the variance of batch 0 is not finite"),
-        ("outliers", "edge", "the edge of the noise of batch 0 is not finite"),
+        ("noise_density", "nodes", "the spectrum of the noise of batch 0 is not fin"),
     ],
 )
 def test_results_that_are_not_finite_are_refused(field, part, message):
@@ -394,7 +413,7 @@ RETURN = "def problem():\n    params, batches = parts()\n    return "
         (
             RETURN + "lambda p, b: jnp.mean(b[0] @ p['a'][:, 0]) ** 2, "
             "{'a': jnp.ones((3, 1))}, batches",
-            "params hold 3 numbers, and the noise is judged from 5 on",
+            "params hold 3 numbers, and the noise is judged from 4 on",
         ),
     ],
     ids=lambda x: None if x.endswith("\n") or "problem" in x else x[:30],

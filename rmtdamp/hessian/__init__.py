@@ -12,6 +12,7 @@
 | `trace`, `diagonal` | Hutchinson, Hutch++, XTrace, with standard errors |
 | `frobenius_norm` | (Tr H^2)^1/2, with its standard error |
 | `lanczos`, `eigsh`, `largest_eigenvalue` | Krylov basis, extreme eigenpairs |
+| `halves`, `split_half_eigsh` | eigenpairs of a batch, and how far its halves agree |
 | `spectral_density` | the whole spectrum as weighted points |
 | `check_loss` | is the loss a mean over independent examples, as `moments` needs? |
 | `check_symmetric` | is a matvec symmetric, as Lanczos' iteration assumes? |
@@ -37,5 +38,10 @@ from ._spectrum import (
     Spectrum as Spectrum,
     noise_matvec as noise_matvec,
     spectral_density as spectral_density,
+)
+from ._split_half import (
+    SplitHalfPairs as SplitHalfPairs,
+    halves as halves,
+    split_half_eigsh as split_half_eigsh,
 )
 from ._trace import Estimate as Estimate, diagonal as diagonal, trace as trace

@@ -20,17 +20,23 @@ from rmtdamp.hessian import (
     Spectrum,
     dataset_matvec,
     eigsh,
+    halves,
     hessian_matvec,
     moments,
+    noise_matvec,
     restrict,
     spectral_density,
+    split_half_eigsh,
     trace,
 )
-from rmtdamp.outliers import Outliers, halves, outliers
+from rmtdamp.outliers import Outliers, outliers
 
 from ._check import MIN_EXAMPLES, look
 
 _TRACE_PRODUCTS = 32
+# Overlaps are with the span of so many more than are shown, as in `split_half_eigsh`:
+# where eigenvalues are close the last vectors mix with the next.
+_SPARE = 2
 # Relative residual asked of eigenvalues, whose error is of the order of its square.
 _TOL = 1e-3
 
@@ -50,10 +56,11 @@ class Report(NamedTuple):
     trace: Estimate  # (), of the data set's Hessian, in [H]
     largest: EigenPairs  # one: its largest eigenvalue
     smallest: EigenPairs  # one: its smallest, negative at most places
-    leading: EigenPairs  # k of largest magnitude
+    leading: EigenPairs  # k + 2 of largest magnitude
     density: Spectrum  # of the data set's Hessian
     moments: HessianMoments  # from the first batch, variance for batches of B
-    outliers: Outliers  # of the first batch
+    outliers: Outliers  # of the first batch, k or P / 4 of them
+    noise_density: Spectrum  # of the noise of the first batch's Hessian
     batch_density: Spectrum  # of the first batch's Hessian
     layers: dict[str, Spectrum]  # of diagonal blocks of the data set's Hessian
     notes: list[str]  # what a reader must know to read the rest
@@ -162,20 +169,21 @@ def measure(
 
     Of the data set's Hessian: the trace (Hutchinson, 32 products), the largest and the
     smallest eigenvalue, the k of largest magnitude and the spectral density. Of the
-    first batch: m = P^-1 Tr Var(H_B) (`moments`), the outliers (`outliers`) and the
-    density.
+    first batch: m = P^-1 Tr Var(H_B) (`moments`), the outliers (`outliers`), the
+    density, and that of its noise.
 
     Cost: about num_probes * num_steps + 150 products over the data set, twice as many
     over the first batch, and num_probes * num_steps over the data set for each layer.
-    Memory: that of `eigsh` with k.
+    Memory: that of `eigsh` with k, and 4 k vectors like `params`.
 
     Args:
         loss_fn: `loss_fn(params, batch) -> scalar`, the mean loss.
-        params: pytree of P real floating numbers, P at least 5.
+        params: pytree of P real floating numbers, P at least 4.
         batches: iterable of batches that can be read again and again; the first, of B
             examples, stands for a training step's.
         key: a key of `jax.random`.
-        k: eigenvalues of largest magnitude; default 9, or P if that is less.
+        k: eigenvalues of largest magnitude; default 9, or P if that is less. No more
+            than P / 4 of the first batch are judged.
         num_steps: points per probe of each density; cut to P.
         num_probes: probes of each density, and of `moments`.
         batch_only: let the first batch stand for the data set.
@@ -191,7 +199,7 @@ def measure(
             batches that are not an iterable of batches or can be read only once.
         ValueError: batches that are empty, exhausted or different on the second pass,
             a first batch of fewer than 4 examples, a loss or a Hessian that is not
-            finite, fewer than 5 parameters, or what `eigsh` and `spectral_density`
+            finite, fewer than 4 parameters, or what `eigsh` and `spectral_density`
             refuse.
 
     Example:
@@ -225,10 +233,9 @@ def measure(
             wrap=watch.passing,
         )
     p = size(params)
-    # Nine have a basis as large as that of the noise's edge in `outliers`, so that
-    # little is compiled twice.
     k = min(9, p) if k is None else k
-    basis_size = min(p, max(2 * k + 1, 20))
+    wide = max(k, min(k + _SPARE, p))
+    basis_size = min(p, max(2 * wide + 1, 20))
     pairs = functools.partial(
         eigsh,
         whole,
@@ -240,7 +247,7 @@ def measure(
 
     # The quickest to refuse comes first.
     watch.stage("eigenvalues of largest magnitude")
-    leading = pairs(next(keys), k=k, which="LM")
+    leading = pairs(next(keys), k=wide, which="LM")
     watch.stage("largest eigenvalue")
     largest = pairs(next(keys), k=1, which="LA")
     watch.stage("smallest eigenvalue")
@@ -272,9 +279,12 @@ def measure(
     )
     watch.stage("outliers of the first batch")
     found = outliers(
-        a, b, params, next(keys), k=k, num_steps=num_steps, num_probes=num_probes
+        split_half_eigsh(
+            a, b, params, next(keys), k=min(k, p // 4), spare=_SPARE, tol=_TOL
+        )
     )
-    key, layer_key = jax.random.split(next(keys))
+    key, layer_key, noise_key = jax.random.split(next(keys), 3)
+    noise_density = density_of(noise_matvec(a, b), key=noise_key)
     batch_density = density
     if not batch_only:
         batch_density = density_of(matvec, key=key)
@@ -304,6 +314,7 @@ def measure(
         density=density,
         moments=noise,
         outliers=found,
+        noise_density=noise_density,
         batch_density=batch_density,
         layers=blocks,
         notes=problem.notes,

@@ -19,7 +19,7 @@ from benchmarks.paper._runs import Row, Run, rounded
 from benchmarks.paper._train import Method, Task, fit
 from benchmarks.paper.experiments import _grid
 from rmtdamp import hessian, rmt
-from rmtdamp.outliers import halves, spiked_law
+from rmtdamp.outliers import spiked_law
 
 TASK = {"dataset": "fashion-mnist", "model": "mlp", "width": 0.25, "num_train": 5000}
 EPOCHS = (0, 1, 5, 20)
@@ -45,7 +45,7 @@ def _noise(loss_fn, params, rest, batch):
     """The noise of a batch's Hessian, from its halves, as a matvec."""
     first, second = (
         hessian.hessian_matvec(loss_fn, params, half, loss_args=(rest,))
-        for half in halves(batch)
+        for half in hessian.halves(batch)
     )
     return hessian.noise_matvec(first, second)
 
