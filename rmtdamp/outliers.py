@@ -26,8 +26,13 @@ import jax.numpy as jnp
 
 from rmtdamp._tree import check_params, num_examples, size
 from rmtdamp._types import Batch, Key, Matvec, Params
-from rmtdamp.hessian import Spectrum, eigsh, noise_matvec, spectral_density
-from rmtdamp.hessian._apply import composed
+from rmtdamp.hessian import (
+    Spectrum,
+    eigsh,
+    noise_matvec,
+    spectral_density,
+    sum_matvec,
+)
 
 # The edge is the largest magnitude of the noise's eigenvalues plus the distance from
 # it to the fifth. Of 4,000 pairs of Wigner matrices, P = 600, one reached beyond the
@@ -92,10 +97,6 @@ def halves(batch: Batch) -> tuple[Batch, Batch]:
             f"number: leave one out, jax.tree.map(lambda x: x[:{count - 1}], batch)"
         )
     return tuple(jax.tree.map(lambda x, i=i: x[i::2], batch) for i in (0, 1))
-
-
-def _mean(first, second, vector):
-    return jax.tree.map(lambda a, b: (a + b) / 2, first(vector), second(vector))
 
 
 def spiked_law(eigenvalues, noise: Spectrum) -> tuple[jax.Array, jax.Array]:
@@ -212,7 +213,7 @@ def outliers(
             f"its {_EDGE} largest eigenvalues: with so few, look at the whole matrix"
         )
     noise = noise_matvec(first, second)
-    whole = composed(_mean, (first, second))
+    whole = sum_matvec((first, second), (0.5, 0.5))
     noise_key, edge_key, key = jax.random.split(key, 3)
     num_steps = min(num_steps, size(like))
     spectrum = spectral_density(

@@ -7,7 +7,10 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "rmtdamp"
 # A room may import what stands to its left.
-LAYERS = ["_types", "_tree", "hessian", "rmt", "damping", "outliers", "transforms"]
+LAYERS = [
+    "_types", "_tree", "_jax", "_basis", "hessian", "rmt", "damping", "outliers",
+    "transforms",
+]  # fmt: skip
 DOORS = {
     "schedules", "flax", "plot", "spectrum", "demo", "_cli", "__main__", "__init__",
 }  # fmt: skip

@@ -20,7 +20,11 @@
 Vectors are pytrees like `params`; nothing is flattened. Needs JAX only.
 """
 
-from ._apply import dataset_matvec as dataset_matvec, restrict as restrict
+from ._apply import (
+    dataset_matvec as dataset_matvec,
+    restrict as restrict,
+    sum_matvec as sum_matvec,
+)
 from ._check import check_loss as check_loss
 from ._eigsh import eigsh as eigsh
 from ._factors import Curvature as Curvature, FactorsFn as FactorsFn

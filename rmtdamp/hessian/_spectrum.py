@@ -12,11 +12,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rmtdamp._tree import check_params, random_like, size
+from rmtdamp._basis import draw
+from rmtdamp._jax import is_traced
+from rmtdamp._tree import check_params, size
 from rmtdamp._types import Key, Matvec, Params
 
-from ._apply import composed, is_traced
-from ._lanczos import Reorthogonalization, check_steps, lanczos
+from ._apply import sum_matvec
+from ._lanczos import Reorthogonalization, check_options, iterate, ritz
 
 
 class Spectrum(NamedTuple):
@@ -105,16 +107,14 @@ def spectral_density(
         density, 2019, appendix A.
     """
     check_params(like)
-    check_steps(num_steps, size(like))
+    passes = check_options(num_steps, size(like), reorthogonalization)
     if num_probes < 1:
         raise ValueError(f"num_probes is {num_probes}, and at least 1 is needed")
 
     def probe(probe_key):
-        start = random_like(probe_key, like, jax.random.normal)
-        found = lanczos(
-            matvec, start, num_steps, reorthogonalization=reorthogonalization
-        )
-        return found.ritz()
+        start = draw(probe_key, like, jax.random.normal)
+        found = iterate(matvec, like, start, num_steps, passes, passes > 0)[-1]
+        return ritz(found.alphas, found.betas[:-1], found.num_steps)
 
     keys = jax.random.split(key, num_probes)
     if is_traced(matvec, like, keys):
@@ -141,7 +141,7 @@ def noise_matvec(first: Matvec, second: Matvec, *, factor: float = 0.5) -> Matve
         factor: what the difference is multiplied by.
 
     Returns:
-        A matvec: eager where one of the two is, else a `jax.tree_util.Partial`.
+        A matvec, see `sum_matvec`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -153,10 +153,4 @@ def noise_matvec(first: Matvec, second: Matvec, *, factor: float = 0.5) -> Matve
     References:
         Granziol and Baskerville, eq. 6.
     """
-    return composed(_difference, (first, second), jnp.float32(factor))
-
-
-def _difference(first, second, factor, vector):
-    return jax.tree.map(
-        lambda a, b: factor.astype(a.dtype) * (a - b), first(vector), second(vector)
-    )
+    return sum_matvec((first, second), (factor, -factor))
