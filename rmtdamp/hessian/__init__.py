@@ -6,13 +6,14 @@
 |---|---|
 | `hvp`, `hessian_matvec` | H v once, or many times at one point |
 | `ggn_matvec`, `fisher_matvec` | Gauss-Newton matrix; sampled and empirical Fisher |
-| `dataset_matvec`, `restrict` | over a data set; a layer's block |
+| `dataset_matvec`, `restrict`, `sum_matvec` | over a data set; a layer's block; sums |
 | `noise_matvec` | a batch Hessian's noise: of its halves, or against the data set |
 | `moments` | nu, P^-1 Tr H^2 and the variance m of eq. 15, with its standard error |
 | `trace`, `diagonal` | Hutchinson, Hutch++, XTrace, with standard errors |
 | `frobenius_norm` | (Tr H^2)^1/2, with its standard error |
 | `lanczos`, `eigsh`, `largest_eigenvalue` | Krylov basis, extreme eigenpairs |
 | `spectral_density` | the whole spectrum as weighted points |
+| `to_dense`, `eigh`, `dense_moments`, `dense_matvec` | exact, where P is small |
 | `FactorsFn`, `make_blocks`, `Tape` | Kronecker factors of a layer, for KFAC |
 | `check_loss` | is the loss a mean over independent examples, as `moments` needs? |
 | `check_symmetric` | is a matvec symmetric, as Lanczos' iteration assumes? |
@@ -26,6 +27,12 @@ from ._apply import (
     sum_matvec as sum_matvec,
 )
 from ._check import check_loss as check_loss
+from ._dense import (
+    dense_matvec as dense_matvec,
+    dense_moments as dense_moments,
+    eigh as eigh,
+    to_dense as to_dense,
+)
 from ._eigsh import eigsh as eigsh
 from ._factors import Curvature as Curvature, FactorsFn as FactorsFn
 from ._frobenius import frobenius_norm as frobenius_norm

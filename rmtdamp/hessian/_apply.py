@@ -49,7 +49,7 @@ def multiply(matvec: Matvec, like: Params, vector: list) -> list:
         return _widen_jitted(matvec(_narrow_jitted(vector, like)), like)
     if isinstance(matvec, _Sum | _Block):
         return matvec.multiply(like, vector)
-    return _multiply(_as_partial(matvec), like, vector)
+    return _multiply(as_argument(matvec), like, vector)
 
 
 class HostMatvec:
@@ -68,7 +68,7 @@ class HostMatvec:
         return self._function(vector)
 
 
-def _as_partial(matvec: Matvec) -> Matvec:
+def as_argument(matvec: Matvec) -> Matvec:
     """A matvec that may be an argument of a compiled function."""
     if isinstance(matvec, jax.tree_util.Partial | HostMatvec | _Sum | _Block):
         return matvec
@@ -125,7 +125,7 @@ def sum_matvec(matvecs: Sequence[Matvec], factors: Sequence[float]) -> Matvec:
             f"there are {len(matvecs)} matvecs and {len(factors)} factors: hand over "
             "one factor for each, and at least one"
         )
-    return _Sum(np.asarray(factors, float), tuple(map(_as_partial, matvecs)))
+    return _Sum(np.asarray(factors, float), tuple(map(as_argument, matvecs)))
 
 
 def _pass_over(batches, product, wrap, vector):
@@ -258,7 +258,7 @@ def restrict(
         raise ValueError(
             f"no path of params matches {select!r}: choose from {', '.join(paths[:8])}"
         )
-    return _Block(_as_partial(matvec), params), part
+    return _Block(as_argument(matvec), params), part
 
 
 def _filled(vector, params):

@@ -5,8 +5,8 @@ its wanted Ritz vectors are kept, and it is built up again from them (Wu and Sim
 memory is that of one basis however many products are spent. The projected matrix is
 taken from the projections themselves, which covers the arrow that a restart leaves.
 
-When the Krylov space is exhausted the next vector is a random one orthogonal to the
-basis, so that multiple eigenvalues come out as often as they occur.
+When the Krylov space is exhausted the next vector is made of a random one, orthogonal
+to the basis, so that multiple eigenvalues come out as often as they occur.
 """
 
 import functools
@@ -27,7 +27,7 @@ from rmtdamp._basis import (
     zeros,
 )
 from rmtdamp._jax import is_traced
-from rmtdamp._tree import check_params, norm, random_like, scale, size
+from rmtdamp._tree import check_params, norm, scale, size
 from rmtdamp._types import Key, Matvec, Params
 
 from ._apply import multiply
@@ -49,26 +49,46 @@ def _begin(start, m: int) -> tuple[_Carry, list]:
     return _Carry(basis, matrix, jnp.zeros_like(length)), start
 
 
+class _Attempt(NamedTuple):
+    tries: jax.Array  # (), 1 where the product was taken, more for a random vector
+    rest: list  # what it has beside the basis
+    length: jax.Array  # (), of the rest
+    alive: jax.Array  # (), whether that is more than rounding
+    column: jax.Array  # (basis_size + 1,), the product's part along the basis
+
+
 @functools.partial(jax.jit, donate_argnums=0)
-def _step(carry: _Carry, product, j, key, number) -> tuple[_Carry, list]:
+def _step(carry: _Carry, product, spare, j, number) -> tuple[_Carry, list]:
     """Column j of the matrix, and the next vector, from A q_j."""
     unit = magnitude(product)
     product = scale(1 / unit, product)
-    rest, projections = orthogonalise(carry.basis, product)
-    beta = norm(rest)
-    alive = beta > BREAKDOWN * jnp.finfo(beta.dtype).eps * norm(product)
+    # Shifts of a random vector are as good as new ones. One may have been used before.
+    shift = lambda x, n: jnp.roll(x, number + n, axis=int(np.argmax(x.shape)))
 
-    def restart():
-        again = jax.random.fold_in(key, number)
-        new = random_like(again, rest, jax.random.normal)
-        return orthogonalise(carry.basis, new)[0]
+    def attempt(last: _Attempt) -> _Attempt:
+        first = last.tries == 0
+        choose = lambda y, x: jnp.where(first, y, shift(x, last.tries))
+        rest, along = orthogonalise(carry.basis, jax.tree.map(choose, product, spare))
+        length = norm(rest)
+        whole = jnp.hypot(jnp.linalg.norm(along), length)
+        return _Attempt(
+            tries=last.tries + 1,
+            rest=rest,
+            length=length,
+            alive=length > BREAKDOWN * jnp.finfo(length.dtype).eps * whole,
+            column=jnp.where(first, along, last.column),
+        )
 
-    rest = jax.lax.cond(alive, lambda: rest, restart)
-    following = scale(1 / norm(rest), rest)
+    # A loop, lest the work on the basis be compiled twice.
+    column = jnp.zeros(len(carry.matrix) + 1, unit.dtype)
+    found = _Attempt(jnp.int32(0), product, unit, jnp.bool(False), column)
+    again = lambda x: ~x.alive & (x.tries < 4)
+    found = jax.lax.while_loop(again, attempt, found)
+    following = scale(1 / found.length, found.rest)
     return _Carry(
         basis=store(carry.basis, j + 1, following),
-        matrix=carry.matrix.at[:, j].set(unit * projections[:-1]),
-        beta=jnp.where(alive, unit * beta, 0),
+        matrix=carry.matrix.at[:, j].set(unit * found.column[:-1]),
+        beta=jnp.where(found.tries == 1, unit * found.length, 0),
     ), following
 
 
@@ -178,7 +198,7 @@ def eigsh(
             "eigsh decides by its residuals when to stop, so it cannot be traced: call "
             "it outside jit, or take lanczos, which can"
         )
-    start = draw(jax.random.fold_in(key, 0), like, jax.random.normal)
+    start = draw(key, like, jax.random.normal)
     carry, vector = _begin(start, m)
     dtype = carry.matrix.dtype
     relative = (1e-4 if dtype == jnp.float32 else 1e-8) if tol is None else tol
@@ -187,7 +207,7 @@ def eigsh(
         for j in range(first, m):
             found = multiply(matvec, like, vector)
             spent += 1
-            carry, vector = _step(carry, found, np.int32(j), key, np.int32(spent))
+            carry, vector = _step(carry, found, start, np.int32(j), np.int32(spent))
         values, rows, residuals = _ritz(carry, which)
         # What is not finite will not get any better either.
         done = not np.any(residuals[:k] > relative * np.max(np.abs(values)))

@@ -48,6 +48,18 @@ class EigenPairs(NamedTuple):
     residuals: jax.Array  # (k,), ||A x - theta x||: an eigenvalue lies this near
     num_products: int  # products spent
 
+    def leading(self, k: int, which: Which = "LA") -> "EigenPairs":
+        """The first k of these pairs, ordered as in `eigsh`. Eager."""
+        check_which(which)
+        order = wanted_first(np.asarray(self.eigenvalues), which)[:k]
+        return _take(self, order)._replace(num_products=self.num_products)
+
+
+@jax.jit
+def _take(pairs: EigenPairs, order) -> EigenPairs:
+    kept = jax.tree.map(lambda x: x[order], pairs._replace(num_products=None))
+    return kept._replace(num_products=0)
+
 
 def check_which(which: str) -> None:
     """Refuse an unknown end of the spectrum.

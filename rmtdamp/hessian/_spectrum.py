@@ -7,10 +7,12 @@ eigenvectors), exact for polynomials up to degree 2 num_steps - 1. The average o
 probes is the spectrum, as a set of weighted points; smoothing them is for pictures.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rmtdamp._basis import draw
 from rmtdamp._jax import is_traced
@@ -27,14 +29,24 @@ class Spectrum(NamedTuple):
     nodes: jax.Array  # (num_probes, num_steps), in the unit of an eigenvalue
     weights: jax.Array  # (num_probes, num_steps), each row sums to 1
     num_parameters: int  # P
+    exact: bool = False  # the nodes are the eigenvalues
+
+    @classmethod
+    def from_eigenvalues(cls, eigenvalues: jax.Array) -> "Spectrum":
+        """The spectrum of P known eigenvalues, one row of them; P^-1 is each weight."""
+        nodes = np.asarray(eigenvalues)[None]
+        p = nodes.shape[1]
+        weights = np.full_like(nodes, 1 / p)
+        return cls(jnp.asarray(nodes), jnp.asarray(weights), p, exact=True)
 
     def moment(self, order: int) -> tuple[jax.Array, jax.Array]:
-        """P^-1 Tr A^order and its standard error over probes (NaN with one)."""
-        per_probe = jnp.sum(self.weights * self.nodes**order, axis=1)
-        count = per_probe.shape[0]
-        if count == 1:
-            return per_probe[0], jnp.full((), jnp.nan, per_probe.dtype)
-        return jnp.mean(per_probe), jnp.std(per_probe, ddof=1) / count**0.5
+        """P^-1 Tr A^order and its standard error over probes.
+
+        Returns:
+            Two numbers. The error is NaN with one probe, 0 where the nodes are the
+            eigenvalues.
+        """
+        return _moment(self.nodes, self.weights, order, self.exact)
 
     def density(self, grid: jax.Array, width: jax.Array | float) -> jax.Array:
         """The spectrum smoothed by Gaussians of standard deviation `width`, on `grid`.
@@ -51,6 +63,16 @@ class Spectrum(NamedTuple):
         z = (grid[:, None] - nodes[None]) / width[:, None]
         peaks = jnp.exp(-0.5 * z**2) / (width[:, None] * (2 * jnp.pi) ** 0.5)
         return peaks @ weights / self.nodes.shape[0]
+
+
+@functools.partial(jax.jit, static_argnames="order")
+def _moment(nodes, weights, order, exact):
+    per_probe = jnp.sum(weights * nodes**order, axis=1)
+    count = per_probe.shape[0]
+    spread = jnp.full((), jnp.nan, per_probe.dtype)
+    if count > 1:
+        spread = jnp.std(per_probe, ddof=1) / count**0.5
+    return jnp.mean(per_probe), jnp.where(exact, 0, spread)
 
 
 def spectral_density(

@@ -14,6 +14,7 @@ import numpy as np
 
 from rmtdamp._basis import (
     draw,
+    magnitude,
     orthogonalise,
     pack,
     project,
@@ -23,7 +24,15 @@ from rmtdamp._basis import (
     zeros,
 )
 from rmtdamp._jax import is_traced
-from rmtdamp._tree import accumulation_dtype, aligned, check_params, norm, size, vdot
+from rmtdamp._tree import (
+    accumulation_dtype,
+    aligned,
+    check_params,
+    norm,
+    scale,
+    size,
+    vdot,
+)
 from rmtdamp._types import Key, Matvec, Params
 
 from ._apply import multiply
@@ -68,13 +77,15 @@ def _begin(like, width: int, diagonal: bool):
 def _extend(carry, i, vector):
     """Row i of the basis Q and column i of R from y_i, so that y_i = Q r_i."""
     basis, r = carry
+    unit = magnitude(vector)
+    vector = scale(1 / unit, vector)
     rest, coefficients = orthogonalise(basis, vector)
     height = norm(rest)
     # What is left of a dependent vector is rounding, of any direction: leave a zero.
     kept = height > 4 * jnp.finfo(r.dtype).eps * norm(vector)
-    unit = jax.tree.map(lambda a: jnp.where(kept, a / height, 0), rest)
-    column = coefficients.at[i].set(jnp.where(kept, height, 0))
-    return store(basis, i, unit), r.at[:, i].set(column)
+    rest = jax.tree.map(lambda a: jnp.where(kept, a / height, 0), rest)
+    column = unit * coefficients.at[i].set(jnp.where(kept, height, 0))
+    return store(basis, i, rest), r.at[:, i].set(column)
 
 
 def _loop(step, carry, count, traced):
@@ -114,7 +125,7 @@ def _probe(key, i, like, basis):
 
 @functools.partial(jax.jit, static_argnames="diagonal", donate_argnums=0)
 def _add_sample(carry, i, basis, probe, rest, image, diagonal):
-    """Mean and sum of squared deviations of the samples (Welford)."""
+    """Mean and root of summed squared deviations of the samples (Welford)."""
     mean, total = carry
     if diagonal:
         image = image if basis is None else orthogonalise(basis, image, 1)[0]
@@ -122,17 +133,18 @@ def _add_sample(carry, i, basis, probe, rest, image, diagonal):
     else:
         sample = vdot(rest, image)
     step = jax.tree.map(jnp.subtract, sample, mean)
-    # Weights, for Welford's product of two differences can round below zero.
     last = 1 / (jnp.asarray(i, accumulation_dtype(mean)) + 1)
     mean = jax.tree.map(lambda mu, d: mu + d * last, mean, step)
-    return mean, jax.tree.map(lambda t, d: t + d * d * (1 - last), total, step)
+    # A root, lest the squares leave the range of the dtype.
+    weight = jnp.sqrt(1 - last)
+    return mean, jax.tree.map(lambda t, d: jnp.hypot(t, d * weight), total, step)
 
 
 @functools.partial(jax.jit, static_argnames=("count", "diagonal"))
 def _finish(exact, mean, total, like, count, diagonal) -> Estimate:
     value = jax.tree.map(jnp.add, exact, mean)
-    scale = (count * (count - 1)) ** -0.5 if count > 1 else jnp.nan
-    stderr = jax.tree.map(lambda t: jnp.sqrt(t) * scale, total)
+    weight = (count * (count - 1)) ** -0.5 if count > 1 else jnp.nan
+    stderr = jax.tree.map(lambda t: t * weight, total)
     if not diagonal:
         return Estimate(value, stderr)
     wide = lambda y, x: y.astype(accumulation_dtype(x))
@@ -178,7 +190,8 @@ def _leave_one_out(r, w, t, h, squares, dimension):
     full = jnp.all(kept)
     # Column i of R^-T is what the others lack: nothing once a vector was dropped, for
     # then the normal vectors span the range of H, with or without any one of them.
-    filled, eye = r + jnp.diag((~kept).astype(r.dtype)), jnp.eye(len(r), dtype=r.dtype)
+    filled, eye = r / magnitude(r), jnp.eye(len(r), dtype=r.dtype)
+    filled = filled + jnp.diag((~kept).astype(r.dtype))
     s = jax.scipy.linalg.solve_triangular(filled, eye, trans=1)
     s = jnp.where(full, s / jnp.linalg.norm(s, axis=0)[None], 0)
     matmul = functools.partial(jnp.matmul, precision="highest")
@@ -190,7 +203,9 @@ def _leave_one_out(r, w, t, h, squares, dimension):
     rest = float(dimension) - (jnp.sum(kept) - jnp.where(full, 1, 0)).astype(r.dtype)
     residual = residual * rest / jnp.where(remaining > 0, remaining, 1)
     found = jnp.trace(h) - dot(s, matmul(h, s)) + residual
-    return Estimate(jnp.mean(found), jnp.std(found, ddof=1) / len(found) ** 0.5)
+    unit = magnitude(found)
+    spread = unit * jnp.std(found / unit, ddof=1)
+    return Estimate(jnp.mean(found), spread / len(found) ** 0.5)
 
 
 def _xtrace(matvec, like, key, width, traced):

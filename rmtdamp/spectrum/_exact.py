@@ -1,0 +1,124 @@
+"""Few parameters -> what the page asks for, from whole matrices: no probes, no error.
+
+The first batch is cut into microbatches, and the Hessian of each is made column by
+column by one compiled program. Their spread is the noise, the means of the even and of
+the odd ones are the Hessians of two halves, and their mean is that of the batch.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rmtdamp._tree import num_examples
+from rmtdamp._types import Batch, Key, LossFn, Mode, Params
+from rmtdamp.hessian import (
+    Estimate,
+    Spectrum,
+    dense_matvec,
+    dense_moments,
+    eigh,
+    hessian_matvec,
+    restrict,
+    to_dense,
+)
+from rmtdamp.outliers import halves, outliers
+
+from ._check import check_product
+from ._watch import Watch
+
+
+@functools.partial(jax.jit, static_argnames="n")
+def _part(batch: Batch, i, n: int) -> Batch:
+    """Microbatch i of n, strided: `x[i::n]` of as many examples as n divides."""
+    take = lambda x: x[: len(x) - len(x) % n].reshape(-1, n, *x.shape[1:])[:, i]
+    return jax.tree.map(take, batch)
+
+
+def exact(
+    loss_fn: LossFn,
+    params: Params,
+    batches: Iterable[Batch],
+    first: Batch,
+    key: Key,
+    *,
+    k: int,
+    num_microbatches: int,
+    num_steps: int,
+    num_probes: int,
+    batch_only: bool,
+    blocks: dict[str, Callable[[str], bool]],
+    mode: Mode,
+    watch: Watch,
+) -> dict[str, Any]:
+    """The measured fields of a `Report`; only the outliers' noise is seen by probes."""
+    n, count = num_microbatches, num_examples(first)
+
+    ends = np.cumsum([x.size for x in jax.tree.leaves(params)])
+
+    def hessian(batch):
+        return to_dense(hessian_matvec(loss_fn, params, batch, mode=mode), params)
+
+    watch.stage("compiling Hessian-vector products and making the whole Hessian", n)
+    parts = []
+    for i in range(n):
+        parts.append(hessian(_part(first, np.int32(i), n)))
+        check_product(np.split(parts[-1].sum(1), ends[:-1]), params)
+        watch.step()
+    mean = functools.partial(np.mean, axis=0, dtype=np.float64)
+    batch = mean(parts) if count % n == 0 else hessian(first)
+    if count % n == 0 and n % 2 == 0:
+        a, b = mean(parts[0::2]), mean(parts[1::2])
+    else:
+        even = jax.tree.map(lambda x: x[: count - count % 2], first)
+        a, b = (hessian(half) for half in halves(even))
+    whole = batch if batch_only else _over(batches, hessian, watch)
+
+    watch.stage("eigenvalues of the whole Hessian")
+    pairs = eigh(whole, params)
+    density = Spectrum.from_eigenvalues(pairs.eigenvalues)
+    batch_density = density
+    if not batch_only:
+        batch_density = Spectrum.from_eigenvalues(eigh(batch, params).eigenvalues)
+    layers = {}
+    for name, chosen in blocks.items():
+        _, part = restrict(dense_matvec(whole, params), params, chosen)
+        held = jax.tree.map(lambda x, v: np.full(x.size, v is not None), params, part)
+        inside = np.flatnonzero(np.concatenate(jax.tree.leaves(held)))
+        block = eigh(whole[np.ix_(inside, inside)], part)
+        layers[name] = Spectrum.from_eigenvalues(block.eigenvalues)
+    watch.stage("outliers of the first batch")
+    found = outliers(
+        dense_matvec(a, params),
+        dense_matvec(b, params),
+        params,
+        key,
+        k=k,
+        num_steps=num_steps,
+        num_probes=num_probes,
+    )
+    return {
+        "trace": Estimate(jnp.asarray(np.trace(whole)), jnp.zeros(())),
+        "largest": pairs.leading(1, "LA"),
+        "smallest": pairs.leading(1, "SA"),
+        "leading": pairs.leading(k, "LM"),
+        "density": density,
+        "moments": dense_moments(parts, microbatch_size=count // n, batch_size=count),
+        "outliers": found,
+        "batch_density": batch_density,
+        "layers": layers,
+    }
+
+
+def _over(batches, hessian, watch: Watch) -> np.ndarray:
+    """The Hessian of a data set."""
+    watch.stage("the whole Hessian of the data set")
+    total, seen = np.zeros(()), 0
+    for batch in watch.passing(batches):
+        count = num_examples(batch)
+        total = total + count * hessian(batch)
+        seen += count
+    return total / seen
