@@ -37,6 +37,18 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
         )
 
 
+FORWARD, REVERSE = "forward-over-reverse", "reverse-over-reverse"
+
+
+def check_mode(mode: str) -> None:
+    """Refuse an unknown way to differentiate.
+
+    Raises:
+        ValueError: `mode` is neither of the two.
+    """
+    check_choice("mode", mode, (FORWARD, REVERSE))
+
+
 def check_every(name: str, every: Any, *, or_never: bool = False) -> None:
     """Refuse a period that is no whole number of steps; arrays pass.
 

@@ -120,19 +120,24 @@ def aligned(vector: Params, params: Params) -> Params:
             "vector in parameter space is a pytree like params "
             "(jax.tree.map over params builds one)"
         )
-    for (path, leaf), other in zip(
-        jax.tree_util.tree_leaves_with_path(params), given, strict=True
-    ):
+    for i, (leaf, other) in enumerate(zip(leaves, given, strict=True)):
         if jnp.shape(other) != leaf.shape:
-            raise ValueError(
-                f"the vector has shape {jnp.shape(other)} where params"
-                f"{jax.tree_util.keystr(path)} has shape {leaf.shape}: a vector in "
-                "parameter space has the shapes of params"
+            path = jax.tree_util.keystr(
+                jax.tree_util.tree_leaves_with_path(params)[i][0]
             )
-    cast = [
-        jnp.asarray(v).astype(leaf.dtype) for v, leaf in zip(given, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, cast)
+            raise ValueError(
+                f"the vector has shape {jnp.shape(other)} where params{path} has shape "
+                f"{leaf.shape}: a vector in parameter space has the shapes of params"
+            )
+    # Eagerly, a cast that changes nothing would take longer than a small product.
+    cast = lambda x, dtype: (
+        x
+        if isinstance(x, jax.Array) and x.dtype == dtype
+        else jnp.asarray(x).astype(dtype)
+    )
+    return jax.tree.unflatten(
+        treedef, [cast(x, leaf.dtype) for x, leaf in zip(given, leaves, strict=True)]
+    )
 
 
 def check_params(params: Params) -> None:

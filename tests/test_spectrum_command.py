@@ -2,14 +2,18 @@
 
 import functools
 import importlib
+import io
 import itertools
 import json
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich.console
+import rich.progress
 from problems import dense_hessian
 
 from rmtdamp.__main__ import main
@@ -17,6 +21,7 @@ from rmtdamp.spectrum import layer_spectra, measure
 from rmtdamp.spectrum._check import look
 from rmtdamp.spectrum._measure import _num_microbatches
 from rmtdamp.spectrum._page import as_json, check_finite, page, picture
+from rmtdamp.spectrum._watch import Bars, Lines, Watch
 
 SOURCE = """
 import jax
@@ -41,6 +46,12 @@ def small():
     return (loss_fn, *parts())
 """
 _names = (f"spectrum_problem_{i}" for i in itertools.count())
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch):
+    """A busy machine is no reason for lines on stderr."""
+    monkeypatch.setattr(Lines, "patience", 1e4)
 
 
 @pytest.fixture
@@ -70,6 +81,15 @@ def problem():
 
 @functools.cache
 def report():
+    loss_fn, params, batches, _ = problem()
+    return measure(
+        loss_fn, params, batches, jax.random.key(1), k=4, layers=None, dense=False
+    )
+
+
+@functools.cache
+def whole():
+    """The same with whole matrices, which is the default for so few parameters."""
     loss_fn, params, batches, _ = problem()
     return measure(loss_fn, params, batches, jax.random.key(0), k=4, layers=None)
 
@@ -173,6 +193,87 @@ def test_layers_are_diagonal_blocks():
         np.testing.assert_allclose(got[[0, -1]], values[[0, -1]], rtol=1e-6)
 
 
+def test_whole_matrices_give_exact_numbers():
+    """Trace, eigenpairs, densities, layers and traces of the noise, to rounding."""
+    loss_fn, params, batches, _ = problem()
+    found, got = whole(), as_json(whole())
+    data, first = dense()
+    near = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11)
+    values = np.linalg.eigvalsh(data)
+    assert got["dense"]
+    assert not as_json(report())["dense"]
+    near(got["trace"]["value"], values.sum())
+    assert got["trace"]["stderr"] == 0
+    near(got["largest"]["eigenvalues"], values[-1:])
+    near(got["smallest"]["eigenvalues"], values[:1])
+    near(got["leading"]["eigenvalues"], sorted(values, key=abs)[:-5:-1])
+    for pairs in (found.largest, found.smallest, found.leading):
+        assert np.all(pairs.residuals < 1e-12)
+    flat = jax.tree.map(lambda x: x.reshape(len(x), -1), found.leading.eigenvectors)
+    vectors = np.concatenate([flat["a"], flat["b"]], axis=1)
+    near(vectors @ data, np.asarray(found.leading.eigenvalues)[:, None] * vectors)
+    blocks = (data[:12, :12], data[12:, 12:])
+    spectra = (found.density, found.batch_density, *found.layers.values())
+    for matrix, spectrum in zip((data, first, *blocks), spectra, strict=True):
+        near(spectrum.nodes[0], np.linalg.eigvalsh(matrix))
+        for order in (1, 2):
+            value, stderr = spectrum.moment(order)
+            exact = np.trace(np.linalg.matrix_power(matrix, order)) / len(matrix)
+            near(value, exact)
+            assert stderr == 0
+    x, y = batches[0]
+    parts = np.stack(
+        [dense_hessian(loss_fn, params, (x[i::12], y[i::12])) for i in range(12)]
+    )
+    variance = ((parts - parts.mean(0)) ** 2).sum() / 11 * 2 / 24 / 20
+    near(got["noise"]["variance"], variance)
+    near(got["noise"]["mean"], np.trace(first) / 20)
+    assert found.moments.probe_stderr == 0
+    assert got["noise"]["variance_stderr"] > 0
+
+
+def test_whole_matrices_and_estimates_agree_on_the_outliers():
+    exact, estimate = (as_json(x)["outliers"] for x in (whole(), report()))
+    for name in ("eigenvalues", "measured_overlaps_squared"):
+        np.testing.assert_allclose(exact[name], estimate[name], rtol=1e-2, atol=1e-2)
+    assert exact["is_outlier"] == estimate["is_outlier"]
+
+
+@pytest.mark.parametrize("count", [9, 13, 22])
+def test_whole_matrices_of_a_batch_that_microbatches_do_not_divide(count):
+    """9 examples: three times three, and halves of four. 13 and 22: some left over."""
+    loss_fn, params, batches, _ = problem()
+    batch = jax.tree.map(lambda x: x[:count], batches[0])
+    found = measure(loss_fn, params, [batch], jax.random.key(0), k=4)
+    values = np.linalg.eigvalsh(dense_hessian(loss_fn, params, batch))
+    np.testing.assert_allclose(found.density.nodes[0], values, rtol=1e-9, atol=1e-11)
+    even = jax.tree.map(lambda x: x[: count - count % 2], batch)
+    pair = [
+        dense_hessian(loss_fn, params, jax.tree.map(lambda x, i=i: x[i::2], even))
+        for i in (0, 1)
+    ]
+    seen = sorted(np.linalg.eigvalsh((pair[0] + pair[1]) / 2), key=abs)[:-5:-1]
+    np.testing.assert_allclose(found.outliers.eigenvalues, seen, rtol=1e-3)
+
+
+def test_the_whole_matrix_is_chosen_for_few_parameters_and_by_hand():
+    loss_fn = lambda params, batch: jnp.mean((batch @ params) ** 2) / 2
+    batch = jax.random.normal(jax.random.key(0), (8, 1001))
+    for p, dense, expected in ((1000, None, True), (1001, None, False)):
+        found = measure(
+            loss_fn,
+            jnp.ones(p),
+            [batch[:, :p]],
+            jax.random.key(1),
+            k=2,
+            num_steps=4,
+            num_probes=1,
+            dense=dense,
+        )
+        assert found.density.exact is expected
+    assert not report().density.exact
+
+
 def test_layers_by_expression_and_by_parent():
     params = {
         "x": {"w": jnp.full(5, 2.0), "b": jnp.full(3, 4.0)},
@@ -206,7 +307,7 @@ def test_command_prints_a_page_and_writes_two_files(target, tmp_path, capsys):
     extra += "    return loss_fn, params, batches\n"
     name = target(extra)
     options = ["--k", "3", "--num-steps", "9", "--num-probes", "2", "--layers", "a|b"]
-    options += ["--mode", "reverse-over-reverse"]
+    options += ["--mode", "reverse-over-reverse", "--no-dense"]
     assert main(["spectrum", name, *options]) == 0
     printed, err = capsys.readouterr()
     assert err == ""
@@ -469,6 +570,45 @@ def test_a_module_that_lacks_something_is_told_from_one_that_is_missing(target, 
     assert "needs 'nowhere_at_all', which is not installed" in capsys.readouterr().err
 
 
+def test_a_log_has_a_line_for_a_stage_that_lasts_and_none_for_others(monkeypatch):
+    monkeypatch.setattr(Lines, "patience", 0.2)
+    file = io.StringIO()
+    lines = Lines(file)
+    lines.stage("short")
+    lines.stage("long", 3)
+    deadline = time.monotonic() + 30
+    while not file.getvalue() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    lines.stage("last")
+    lines.close()
+    assert file.getvalue() == "rmtdamp: long (3 steps) ...\n"
+
+
+def test_each_stage_is_announced_before_it_compiles(target, capsys, monkeypatch):
+    """No stage waits in silence: what is slow has its line, here with no patience."""
+    monkeypatch.setattr(Lines, "patience", 0.0)
+    name = target(name="small")
+    assert main(["spectrum", name, "--num-steps", "3", "--no-dense"]) == 0
+    err = capsys.readouterr().err
+    for words in (f"running {name}", "compiling Hessian-vector products", "density"):
+        assert f"rmtdamp: {words}" in err
+
+
+def test_bars_count_steps():
+    progress = rich.progress.Progress(console=rich.console.Console(file=io.StringIO()))
+    bars = Bars(progress)
+    bars.step()  # before the first stage there is nothing to count
+    bars.stage("first", 2)
+    bars.stage("second", 5)
+    assert list(bars.passing([1, 2])) == [1, 2]
+    bars.step()
+    (task,) = progress.tasks
+    assert (task.description, task.completed, task.total) == ("second", 2, 5)
+    silent = Watch()
+    silent.stage("x")
+    assert list(silent.passing([3])) == [3]
+
+
 def test_an_error_in_the_user_s_function_keeps_its_traceback(target):
     with pytest.raises(ZeroDivisionError):
         main(["spectrum", target("def problem(): return 1 / 0\n")])
@@ -481,7 +621,6 @@ def test_a_loss_that_is_no_mean_is_measured_with_a_note():
         summed,
         params,
         batches,
-        jax.random.key(2),
         mode="forward-over-reverse",
         batch_only=True,
     )
@@ -496,6 +635,7 @@ def test_help_explains_every_option(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for option in ("--out", "--k", "--num-steps", "--layers", "--batch-only", "--mode"):
         assert f"{option} " in text
+    assert "--dense, --no-dense" in text
     assert "rmtdamp.demo.spectrum_example:digits" in text
     with pytest.raises(SystemExit):
         main(["--help"])

@@ -94,7 +94,7 @@ def _rows(run: list[Record]) -> list[dict]:
 
 def _record(row: dict) -> Record:
     """A record, with NaN where a run that diverged left no number."""
-    known = {k: math.nan if x is None else x for k, x in row.items()}
+    known: dict = {k: math.nan if x is None else x for k, x in row.items()}
     return Record(**known | {k: row[k] for k in _MAY_BE_MISSING})
 
 

@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from rmtdamp._checks import check_outputs, check_scalar, pair
+from rmtdamp._jax import matmul_precision
 from rmtdamp._tree import aligned, check_params
 from rmtdamp._types import Batch, Criterion, Key, Matvec, ModelFn, Params, SampleFn
-
-from ._products import matmul_precision
 
 
 @functools.partial(jax.jit, static_argnames=("model_fn", "precision"))

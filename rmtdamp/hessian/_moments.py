@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmtdamp._basis import draw, pack, unpack, zeros
-from rmtdamp._jax import is_traced
+from rmtdamp._checks import check_mode, check_scalar
+from rmtdamp._jax import has_convolution, is_traced, matmul_precision
 from rmtdamp._tree import (
     accumulation_dtype,
     aligned,
@@ -36,10 +37,7 @@ from rmtdamp._types import Batch, Execution, Key, LossFn, Mode, Params
 
 from ._products import (
     check_differentiable,
-    check_mode,
-    check_scalar,
     loss_and_product,
-    matmul_precision,
 )
 
 _EXECUTIONS = ("scan", "unroll", "vmap", "eager")
@@ -72,12 +70,6 @@ class HessianMoments(NamedTuple):
     def variance_stderr(self) -> jax.Array:
         """Standard error of `variance`; NaN where either part cannot be known."""
         return jnp.hypot(self.probe_stderr, self.microbatch_stderr)
-
-
-def has_convolution(loss_fn: LossFn, params: Params, batch: Batch, loss_args) -> bool:
-    """Whether the loss contains a convolution, read off its printed jaxpr."""
-    jaxpr = jax.make_jaxpr(loss_fn)(params, batch, *loss_args)
-    return "conv_general_dilated" in str(jaxpr)
 
 
 def _execution(loss_fn, params, batch, loss_args, traced: bool) -> Execution:

@@ -12,12 +12,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rmtdamp._basis import project
 from rmtdamp._tree import check_params, num_examples, size
 from rmtdamp._types import Batch, Key, Matvec, Params
 
-from ._apply import HostMatvec, product
+from ._apply import sum_matvec
 from ._eigsh import eigsh
-from ._lanczos import EigenPairs, project
+from ._lanczos import EigenPairs
 
 
 class SplitHalfPairs(NamedTuple):
@@ -61,11 +62,6 @@ def halves(batch: Batch) -> tuple[Batch, Batch]:
 
 
 @jax.jit
-def _mean(first, second):
-    return jax.tree.map(lambda a, b: (a + b) / 2, first, second)
-
-
-@jax.jit
 def _agreements(whole: EigenPairs, first: EigenPairs, second: EigenPairs):
     """<P_a u_i, P_b u_i>, P_a and P_b on what has the sign of lambda_i."""
     gram = jax.vmap(project, in_axes=(None, 0))
@@ -79,6 +75,38 @@ def _agreements(whole: EigenPairs, first: EigenPairs, second: EigenPairs):
         jnp.matmul(coordinates(first), cross, precision="highest")
         * coordinates(second),
         axis=1,
+    )
+
+
+def compare_halves(
+    whole: EigenPairs, first: EigenPairs, second: EigenPairs, *, k: int
+) -> SplitHalfPairs:
+    """How far the eigenpairs of two halves agree on each of a batch's.
+
+    Args:
+        whole: the leading eigenpairs of the batch's Hessian, k or more.
+        first: as many or more of one half's, see `split_half_eigsh`.
+        second: and of the other's.
+        k: eigenpairs of the batch to give.
+
+    Returns:
+        `SplitHalfPairs` of the first k of `whole`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.hessian import compare_halves, eigh
+        >>> like = jnp.zeros(2)
+        >>> pairs = eigh([[2.0, 0.0], [0.0, 1.0]], like).leading(1)
+        >>> turned = eigh([[1.0, 0.0], [0.0, 2.0]], like).leading(1)
+        >>> print(compare_halves(pairs, pairs, turned, k=1).agreements)
+        [0.]
+    """
+    return SplitHalfPairs(
+        eigenvalues=whole.eigenvalues[:k],
+        eigenvectors=jax.tree.map(lambda x: x[:k], whole.eigenvectors),
+        residuals=whole.residuals[:k],
+        agreements=_agreements(whole, first, second)[:k],
+        num_products=whole.num_products + first.num_products + second.num_products,
     )
 
 
@@ -159,19 +187,12 @@ def split_half_eigsh(
         tol=tol,
         max_products=max_products,
     )
-    # The halves' own compiled product twice, rather than a program of both.
-    mean = HostMatvec(
-        lambda v: _mean(product(first, like, v), product(second, like, v))
-    )
+    mean = sum_matvec((first, second), (0.5, 0.5))
     keys = jax.random.split(key, 3)
     whole, a, b = (
         find(matvec, key=key)
         for matvec, key in zip((mean, first, second), keys, strict=True)
     )
-    return SplitHalfPairs(
-        eigenvalues=whole.eigenvalues[:k],
-        eigenvectors=jax.tree.map(lambda x: x[:k], whole.eigenvectors),
-        residuals=whole.residuals[:k],
-        agreements=_agreements(whole, a, b)[:k],
-        num_products=2 * whole.num_products + a.num_products + b.num_products,
+    return compare_halves(whole, a, b, k=k)._replace(
+        num_products=2 * whole.num_products + a.num_products + b.num_products
     )

@@ -19,10 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from rmtdamp._checks import check_choice, check_outputs, check_range, check_scalar, pair
+from rmtdamp._jax import is_traced, matmul_precision
 from rmtdamp._tree import accumulation_dtype, check_params, num_examples
 from rmtdamp._types import Batch, Criterion, Key, ModelFn, Params, SampleFn
-from rmtdamp.hessian._apply import is_traced
-from rmtdamp.hessian._products import matmul_precision
 
 from ._blocks import Block
 from ._factors import Factors, Sharing, kronecker_factors, layer_record

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from rmtdamp._checks import check_every, check_range
+from rmtdamp._jax import is_traced
 from rmtdamp._tree import accumulation_dtype
 from rmtdamp._types import Params
-from rmtdamp.hessian._apply import is_traced
 from rmtdamp.kronecker import (
     Block,
     Eigenbasis,

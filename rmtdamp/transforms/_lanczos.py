@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rmtdamp._basis import BREAKDOWN, combine, project
 from rmtdamp._checks import check_every, check_range
 from rmtdamp._tree import norm
 from rmtdamp._types import LossFn
-from rmtdamp.hessian._lanczos import BREAKDOWN, combine, project
 
 from ._measurer import check_whole, refresh_in_step
 from ._optimiser import damping_in_force, optimiser

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rmtdamp._checks import check_range
+from rmtdamp._jax import is_traced, matmul_precision
 from rmtdamp._tree import accumulation_dtype, num_examples
 from rmtdamp._types import Execution, LossFn, Mode, Params
 from rmtdamp.damping import (
@@ -18,8 +19,6 @@ from rmtdamp.damping import (
     learn_damping,
 )
 from rmtdamp.hessian import HessianMoments, moments
-from rmtdamp.hessian._apply import is_traced
-from rmtdamp.hessian._products import matmul_precision
 
 from ._measurer import Context, with_numbers
 

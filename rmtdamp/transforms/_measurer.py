@@ -12,19 +12,21 @@ training step (`refresh_in_step`) and by hand between steps, in any chain (`refr
 import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.extend
 import jax.numpy as jnp
 import optax
 
+from rmtdamp._jax import is_traced
 from rmtdamp._tree import check_params, num_examples
 from rmtdamp._types import Batch, Params
-from rmtdamp.hessian._apply import is_traced
+
+T = TypeVar("T")
 
 
-def with_numbers(*names: str) -> Callable[[type], type]:
+def with_numbers(*names: str) -> Callable[[type[T]], type[T]]:
     """A decorator that makes a dataclass a pytree.
 
     Args:
@@ -35,7 +37,7 @@ def with_numbers(*names: str) -> Callable[[type], type]:
         The decorator.
     """
 
-    def register(cls: type) -> type:
+    def register(cls: Any) -> Any:
         rest = [f.name for f in dataclasses.fields(cls) if f.name not in names]
         return jax.tree_util.register_dataclass(cls, list(names), rest)
 
@@ -76,10 +78,18 @@ class Measurer(Protocol):
 
 
 def is_due(count: jax.Array, every: Any) -> jax.Array:
-    """Whether a period of `every` steps begins at `count`."""
+    """Whether a period of `every` begins at `count`; early on, also at 1, 2, 4, 8, ...
+
+    What is measured changes most in the first steps of a training run: an
+    eigendecomposition made at step 0 is worth nothing at step 60.
+
+    Returns:
+        A bool.
+    """
     # Under inject_hyperparams `every` is an array, of a floating dtype at that.
-    every = every if isinstance(every, int) else jnp.asarray(every)
-    return count % jnp.asarray(every).astype(count.dtype) == 0
+    every = jnp.asarray(every).astype(count.dtype)
+    power_of_two = (count & (count - 1)) == 0
+    return (count % every == 0) | (power_of_two & (count < every))
 
 
 def check_whole(params: Params, name: str) -> None:

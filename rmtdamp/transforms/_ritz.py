@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from rmtdamp._checks import check_choice
+from rmtdamp._jax import is_traced
 from rmtdamp._tree import accumulation_dtype, norm, num_examples, random_like, size
 from rmtdamp._types import Key, LossFn, Matvec, Params
 from rmtdamp.hessian import hessian_matvec, lanczos, moments
-from rmtdamp.hessian._apply import is_traced
 from rmtdamp.rmt import rotationally_invariant_shrinkage
 
 from ._measurer import Context, with_numbers

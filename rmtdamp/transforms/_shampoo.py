@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from rmtdamp._checks import check_every, check_range
+from rmtdamp._jax import matmul_precision
 from rmtdamp._tree import accumulation_dtype
-from rmtdamp.hessian._products import matmul_precision
 
 from ._measurer import is_due
 from ._optimiser import check_damping, damping_in_force, optimiser

@@ -20,8 +20,8 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from rmtdamp._checks import check_choice, check_range
+from rmtdamp._jax import matmul_precision
 from rmtdamp._tree import accumulation_dtype
-from rmtdamp.hessian._products import matmul_precision
 
 from ._optimiser import check_damping, damping_in_force, optimiser
 
