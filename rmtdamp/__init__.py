@@ -7,21 +7,25 @@ runs. One walk explains the package:
 
 | | | |
 |---|---|---|
-| MEASURE | `rmtdamp.hessian` | loss_fn, params, batch -> products -> moments |
-| DECIDE | `rmtdamp.damping` | moments -> damping |
+| MEASURE | `rmtdamp.hessian`, `rmtdamp.kronecker` | a loss and a batch -> curvature |
+| DECIDE | `rmtdamp.damping` | its moments -> a damping |
 | ACT | `rmtdamp.transforms` | damping -> preconditioned update, in optax |
 
 The random-matrix laws behind it are in `rmtdamp.rmt`; `rmtdamp.outliers` tells a
-Hessian's eigenvalues from its noise. Doors: `rmtdamp.schedules`, `rmtdamp.flax`,
-`rmtdamp.plot`, `rmtdamp.spectrum`, and `python -m rmtdamp`.
+Hessian's directions from its noise, `rmtdamp.stability` how large a learning rate may
+be. For users: `rmtdamp.schedules`, `rmtdamp.flax`, `rmtdamp.plot`, `rmtdamp.spectrum`,
+and `python -m rmtdamp`.
 """
 
 from . import (
     damping as damping,
     hessian as hessian,
+    kronecker as kronecker,
     outliers as outliers,
     rmt as rmt,
     schedules as schedules,
+    stability as stability,
+    transforms as transforms,
 )
 from .damping import (
     Shrinkage as Shrinkage,
@@ -30,27 +34,26 @@ from .damping import (
     scaled_identity_target as scaled_identity_target,
     shrinkage_from_damping as shrinkage_from_damping,
 )
-from .hessian import HessianMoments as HessianMoments, check_loss as check_loss
+from .hessian import check_loss as check_loss
 from .transforms import (
-    AutoDampingState as AutoDampingState,
     DampingLearner as DampingLearner,
-    SetDampingState as SetDampingState,
+    KroneckerMeasurer as KroneckerMeasurer,
+    RitzMeasurer as RitzMeasurer,
     adam_shrinkage as adam_shrinkage,
     adamw_shrinkage as adamw_shrinkage,
     auto_adam as auto_adam,
     auto_damping as auto_damping,
+    check_state as check_state,
     kfac as kfac,
     lanczos_newton as lanczos_newton,
-    refresh_damping as refresh_damping,
-    refresh_factors as refresh_factors,
-    refresh_lanczos as refresh_lanczos,
+    refresh as refresh,
     scale_by_adam_shrinkage as scale_by_adam_shrinkage,
     scale_by_kfac as scale_by_kfac,
     scale_by_lanczos as scale_by_lanczos,
     scale_by_shampoo as scale_by_shampoo,
-    scale_by_spectral as scale_by_spectral,
+    scale_by_spectral_descent as scale_by_spectral_descent,
     set_damping as set_damping,
     shampoo as shampoo,
-    spectral as spectral,
+    spectral_descent as spectral_descent,
     with_damping as with_damping,
 )

@@ -163,9 +163,9 @@ def _run(args, console) -> None:
                     )
                     for record in train(data, method, settings, seed):
                         records.append(record)
-                        progress.update(
-                            bar, advance=1, note=f"test loss {record.test_loss:.4f}"
-                        )
+                        seen = f"test loss {record.test_loss:.4f}"
+                        note = "diverged" if record.diverged else seen
+                        progress.update(bar, advance=1, note=note)
                     progress.remove_task(bar)
                     runs.save(method, seed, records)
                 results[method].append(records)

@@ -4,6 +4,7 @@ Reductions accumulate in float32, or in the leaves' dtype where that is wider. W
 bfloat16 or float16 model rounds on the way to a gradient is rounded all the same.
 """
 
+import itertools
 import math
 
 import jax
@@ -50,12 +51,53 @@ def scale(factor: jax.Array, x: Params) -> Params:
     return jax.tree.map(lambda a: a * factor.astype(a.dtype), x)
 
 
+# Above this many elements a leaf is drawn on its own, where it lies.
+_LARGE = 2**20
+
+
 def random_like(key: Key, like: Params, sampler) -> Params:
-    """One independent draw of `sampler(key, shape, dtype)` per leaf."""
+    """An independent draw of `sampler(key, shape, dtype)` for each element of `like`.
+
+    Small leaves of one dtype are cut out of a single draw: each call of a generator
+    takes half a second to compile on a CPU, several times what a small network's
+    gradient takes. Large leaves of one shape are drawn as a stack, whose parts need not
+    be on one device.
+
+    Returns:
+        A pytree like `like`.
+    """
     leaves, treedef = jax.tree.flatten(like)
-    keys = jax.random.split(key, max(len(leaves), 1))
-    draws = [sampler(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=False)]
+    together: dict[tuple, list[int]] = {}
+    for place, leaf in enumerate(leaves):
+        large = math.prod(leaf.shape) > _LARGE
+        together.setdefault((leaf.dtype, leaf.shape if large else None), []).append(
+            place
+        )
+    draws = list(leaves)
+    keys = jax.random.split(key, max(len(together), 1))
+    for k, ((dtype, shape), places) in zip(keys, together.items(), strict=False):
+        if shape is not None:
+            stack = sampler(k, (len(places), *shape), dtype)
+            parts = [stack[i] for i in range(len(places))]
+        else:
+            shapes = [leaves[place].shape for place in places]
+            ends = list(itertools.accumulate(map(math.prod, shapes), initial=0))
+            flat = sampler(k, (ends[-1],), dtype)
+            cuts = zip(itertools.pairwise(ends), shapes, strict=True)
+            parts = [jnp.reshape(flat[i:j], shape) for (i, j), shape in cuts]
+        for place, part in zip(places, parts, strict=True):
+            draws[place] = part
     return jax.tree.unflatten(treedef, draws)
+
+
+def rademacher(key: Key, shape: tuple[int, ...], dtype) -> jax.Array:
+    """Independent signs, +1 or -1 with equal probability; one word gives 32 of them."""
+    *lead, last = shape or (1,)
+    words = jax.random.bits(key, (*lead, -(-last // 32)), jnp.uint32)
+    shifts = jax.lax.broadcasted_iota(jnp.uint32, (*words.shape, 32), words.ndim)
+    bits = (jnp.broadcast_to(words[..., None], shifts.shape) >> shifts) & 1
+    signs = jnp.reshape(bits, (*lead, 32 * words.shape[-1]))[..., :last]
+    return jnp.reshape(1 - 2 * signs.astype(dtype), shape)
 
 
 def aligned(vector: Params, params: Params) -> Params:
@@ -78,19 +120,24 @@ def aligned(vector: Params, params: Params) -> Params:
             "vector in parameter space is a pytree like params "
             "(jax.tree.map over params builds one)"
         )
-    for (path, leaf), other in zip(
-        jax.tree_util.tree_leaves_with_path(params), given, strict=True
-    ):
+    for i, (leaf, other) in enumerate(zip(leaves, given, strict=True)):
         if jnp.shape(other) != leaf.shape:
-            raise ValueError(
-                f"the vector has shape {jnp.shape(other)} where params"
-                f"{jax.tree_util.keystr(path)} has shape {leaf.shape}: a vector in "
-                "parameter space has the shapes of params"
+            path = jax.tree_util.keystr(
+                jax.tree_util.tree_leaves_with_path(params)[i][0]
             )
-    cast = [
-        jnp.asarray(v).astype(leaf.dtype) for v, leaf in zip(given, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, cast)
+            raise ValueError(
+                f"the vector has shape {jnp.shape(other)} where params{path} has shape "
+                f"{leaf.shape}: a vector in parameter space has the shapes of params"
+            )
+    # Eagerly, a cast that changes nothing would take longer than a small product.
+    cast = lambda x, dtype: (
+        x
+        if isinstance(x, jax.Array) and x.dtype == dtype
+        else jnp.asarray(x).astype(dtype)
+    )
+    return jax.tree.unflatten(
+        treedef, [cast(x, leaf.dtype) for x, leaf in zip(given, leaves, strict=True)]
+    )
 
 
 def check_params(params: Params) -> None:

@@ -15,8 +15,7 @@ the beta of least expected error || beta H + (1 - beta) tau - H_true ||^2 is
 
 which the paper takes at tau = 1 for a Hessian of low rank (eq. 15: delta = m), and
 Ledoit and Wolf at the tau that fits best, the mean eigenvalue nu. Everything below is
-this algebra, its averaging along a training run, and what it says about the learning
-rate.
+this algebra and its averaging along a training run.
 """
 
 from collections.abc import Callable
@@ -25,7 +24,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rmtdamp._types import Params
 from rmtdamp.hessian import HessianMoments
 
 
@@ -168,6 +166,10 @@ def scaled_identity_target(moments: HessianMoments) -> Shrinkage:
     return Shrinkage(jnp.where(nu > 0, damping, jnp.nan), nu)
 
 
+# Repetitions of one measurement scatter by half; ten times as much is another matter.
+_JUMP = 10.0
+
+
 class LearnedDamping(NamedTuple):
     """The damping in force and what led to it; every field is a scalar.
 
@@ -184,7 +186,35 @@ class LearnedDamping(NamedTuple):
     last_refresh: jax.Array  # int32, step of the last attempt, -1 before
     refresh_attempts: jax.Array  # int32, measurements made
     refresh_rejections: jax.Array  # int32, of which changed nothing
-    refresh_caps: jax.Array  # int32, of which met max_damping
+    refresh_caps: jax.Array  # int32, of which met the bound of the shrinkage
+    loss_mismatches: jax.Array  # int32, of which found a loss that is no mean
+
+    def problems(self) -> list[str]:
+        """What a user should know of a run, in words; eager."""
+        found = []
+        if self.loss_mismatches > 0:
+            found.append(
+                "the loss of a batch is not the mean of its microbatches' losses, so "
+                "the measured variance is not that of a batch: a sum in place of a "
+                "mean, dropout, batch statistics? rmtdamp.check_loss(loss_fn, params, "
+                "batch) tells"
+            )
+        tried = self.refresh_attempts
+        if tried > 1 and self.refresh_rejections == tried:
+            found.append(
+                "no measurement of the damping could be used "
+                '(optax.tree.get(opt_state, "refresh_rejections")): it stays at its '
+                "floor; the Hessian is not finite, a batch holds one example, or the "
+                "rule finds no valid damping"
+            )
+        if self.refresh_caps > 0:
+            found.append(
+                "the learned damping meets the bound of its learner, min_shrinkage: "
+                "the noise outweighs the target a hundredfold at the default; under "
+                "eq. 15 a loss of large scale does that, for which there is "
+                "scaled_identity_target"
+            )
+        return found
 
 
 def initial_damping(damping, dtype) -> LearnedDamping:
@@ -204,7 +234,13 @@ def initial_damping(damping, dtype) -> LearnedDamping:
         refresh_attempts=count(0),
         refresh_rejections=count(0),
         refresh_caps=count(0),
+        loss_mismatches=count(0),
     )
+
+
+def _near(x, y) -> jax.Array:
+    """Within a factor `_JUMP` of each other; false for NaN and infinity."""
+    return (x <= _JUMP * y) & (y <= _JUMP * x) & jnp.isfinite(x)
 
 
 def learn_damping(
@@ -215,7 +251,7 @@ def learn_damping(
     rule: DampingRule,
     floor,
     decay,
-    max_damping,
+    min_shrinkage,
 ) -> LearnedDamping:
     """One measurement's worth of learning.
 
@@ -224,11 +260,16 @@ def learn_damping(
     the authors' delta <- 0.7 delta + 0.3 (floor + m), because the rule is linear there;
     for a ratio of moments, averaging first is what keeps it from being far off.
 
+    An m more than ten times above or below the average is not believed until the next
+    one, within ten times of it, confirms it; then the averages begin anew from there. A
+    blow-up of a few steps, which an average would carry along for thousands, so leaves
+    no trace, and one that lasts is followed, and forgotten, at the second measurement.
+
     Values cannot raise inside a compiled step, so what cannot be used is counted. A
-    measurement that is not finite leaves everything as it was; one after which the
-    rule gives no valid damping (NaN, negative, or a target that is not positive)
-    enters the averages and leaves the damping as it was. A damping above `max_damping`
-    is cut to it.
+    measurement that is not finite or not confirmed changes nothing; one after which the
+    rule gives no valid damping (NaN, negative, or a target that is not positive) enters
+    the averages and leaves the damping as it was. A damping that would leave the
+    measured curvature a weight beta below `min_shrinkage` is cut there.
 
     Args:
         learned: the state so far.
@@ -237,20 +278,27 @@ def learn_damping(
         rule: averaged moments -> `Shrinkage`.
         floor: added to what the rule decides.
         decay: weight of the past in the averages.
-        max_damping: upper bound of the damping in force.
+        min_shrinkage: lower bound of beta = 1 / (1 + delta/tau), without unit.
 
     Returns:
         The state after it, in the same dtypes.
     """
-    usable = (
+    like = lambda new, old: jnp.asarray(new).astype(old.dtype)
+    finite = (
         jnp.isfinite(measured.mean)
         & jnp.isfinite(measured.square)
         & jnp.isfinite(measured.variance)
     )
+    variance = like(measured.variance, learned.average_variance)
+    first = jnp.isnan(learned.average_variance)
+    expected = first | _near(variance, learned.average_variance)
+    confirmed = _near(variance, learned.measured_variance)
+    usable = finite & (expected | confirmed)
 
     def average(old, new):
-        new = new.astype(old.dtype)
-        blend = jnp.where(jnp.isnan(old), new, decay * old + (1 - decay) * new)
+        new = like(new, old)
+        blend = decay * old + (1 - decay) * new
+        blend = jnp.where(first | ~expected, new, blend)
         return jnp.where(usable, blend, old)
 
     nu = average(learned.average_mean, measured.mean)
@@ -266,14 +314,13 @@ def learn_damping(
     target = decision.target
     # Comparisons with NaN are false, so a NaN in either is rejected.
     accepted = usable & (damping >= 0) & (target > 0) & jnp.isfinite(target)
-    capped = accepted & (damping > max_damping)
-
-    like = lambda new, old: jnp.asarray(new).astype(old.dtype)
+    bound = damping_from_shrinkage(min_shrinkage, target)
+    capped = accepted & (damping > bound)
     choose = lambda new, old: jnp.where(accepted, like(new, old), old)
-    return LearnedDamping(
-        damping=choose(jnp.minimum(damping, max_damping), learned.damping),
+    return learned._replace(
+        damping=choose(jnp.minimum(damping, bound), learned.damping),
         damping_target=choose(target, learned.damping_target),
-        measured_variance=like(measured.variance, learned.measured_variance),
+        measured_variance=variance,
         average_mean=nu,
         average_dispersion=d2,
         average_variance=m,
@@ -282,107 +329,3 @@ def learn_damping(
         refresh_rejections=learned.refresh_rejections + (~accepted).astype(jnp.int32),
         refresh_caps=learned.refresh_caps + capped.astype(jnp.int32),
     )
-
-
-def curvature_ratio(curvature: Params, damping) -> jax.Array:
-    """Eq. 5: learning rate in the flattest over that in the sharpest direction.
-
-    R = (max s + delta) / (min s + delta) over all elements s of `curvature`. It is 1
-    for SGD and at infinite damping, and grows without bound as the damping of a
-    singular curvature goes to 0: the bias towards flat directions that the paper
-    blames for the generalisation gap.
-
-    Args:
-        curvature: pytree of the preconditioner's eigenvalues, >= 0. For Adam the tree
-            of sqrt(v), bias-corrected: units of a gradient.
-        damping: delta, in the unit of `curvature`.
-
-    Returns:
-        R >= 1, a scalar.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from rmtdamp.damping import curvature_ratio
-        >>> print(curvature_ratio({"w": jnp.array([0.0, 9.0])}, 1.0))
-        10.0
-
-    References:
-        Granziol and Baskerville, eq. 5 and section 6.1.
-    """
-    leaves = jax.tree.leaves(curvature)
-    largest = jnp.stack([jnp.max(x) for x in leaves]).max()
-    smallest = jnp.stack([jnp.min(x) for x in leaves]).min()
-    return (largest + damping) / (smallest + damping)
-
-
-def stable_learning_rate(max_eigenvalue, *, momentum=0.0, averaged=False):
-    r"""The largest learning rate at which a quadratic does not diverge.
-
-    The step is x <- x - alpha D^-1 g with D = B + delta. With lambda the largest
-    eigenvalue of D^-1/2 H D^-1/2 (of H for SGD), the bound is 2 / lambda, times
-
-    - 1 + rho for heavy-ball momentum rho (`optax.trace`);
-    - (1 + b1) / (1 - b1) for momentum that averages gradients with decay b1 (Adam).
-
-    Args:
-        max_eigenvalue: lambda, from `rmtdamp.hessian.largest_eigenvalue` with
-            `preconditioner` D, or any other source.
-        momentum: rho or b1, in [0, 1).
-        averaged: whether momentum averages, as Adam's does, or sums.
-
-    Returns:
-        The bound; infinite where lambda <= 0, since no curvature limits the step.
-
-    Raises:
-        ValueError: momentum outside [0, 1).
-
-    Example:
-        >>> from rmtdamp.damping import stable_learning_rate
-        >>> print(f"{stable_learning_rate(4.0):.2f}")
-        0.50
-        >>> print(f"{stable_learning_rate(4.0, momentum=0.9, averaged=True):.2f}")
-        9.50
-
-    References:
-        Granziol and Baskerville, section 8, eq. 17; the momentum factors are the
-        classical stability bounds of a two-term recursion.
-    """
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum is {momentum}, and must lie in [0, 1)")
-    factor = (1 + momentum) / (1 - momentum) if averaged else 1 + momentum
-    eigenvalue = jnp.asarray(max_eigenvalue)
-    positive = eigenvalue > 0
-    bound = 2 * factor / jnp.where(positive, eigenvalue, 1)
-    return jnp.where(positive | jnp.isnan(eigenvalue), bound + 0 * eigenvalue, jnp.inf)
-
-
-def stable_learning_rate_bound(hessian_diagonal: Params, preconditioner: Params):
-    """Eq. 19: an upper bound of the largest stable learning rate.
-
-    2 / max_i (|phi_i^T H phi_i| / (eta_i + delta)), for a preconditioner that is
-    diagonal in the parameters (Adam's): the phi_i are the unit vectors, and the
-    quadratic forms are the diagonal of H. It is only an upper bound, 1.6 to 8 times too
-    large in small examples; `stable_learning_rate` gives the rate itself.
-
-    Args:
-        hessian_diagonal: pytree of the diagonal of H.
-        preconditioner: pytree of eta + delta > 0, of the same shapes; for Adam
-            sqrt(v) + damping.
-
-    Returns:
-        The bound without momentum, a scalar.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from rmtdamp.damping import stable_learning_rate_bound
-        >>> diagonal, damped = jnp.array([8.0, 1.0]), jnp.array([2.0, 1.0])
-        >>> print(stable_learning_rate_bound(diagonal, damped))
-        0.5
-
-    References:
-        Granziol and Baskerville, eq. 19.
-    """
-    ratios = jax.tree.map(
-        lambda h, d: jnp.max(jnp.abs(h) / d), hessian_diagonal, preconditioner
-    )
-    return 2 / jnp.stack(jax.tree.leaves(ratios)).max()

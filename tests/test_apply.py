@@ -9,6 +9,7 @@ import pytest
 from problems import dense_hessian, mlp, mlp_batch, mlp_loss
 
 from rmtdamp.hessian import (
+    _apply,
     dataset_matvec,
     eigsh,
     fisher_matvec,
@@ -19,6 +20,7 @@ from rmtdamp.hessian import (
     noise_matvec,
     restrict,
     spectral_density,
+    sum_matvec,
     trace,
 )
 
@@ -129,6 +131,75 @@ def test_other_matrices_over_a_data_set(matrix):
     )
     at_once = matrix(model, loss, PARAMS, WHOLE)
     np.testing.assert_allclose(flat(over(VECTOR)), flat(at_once(VECTOR)), atol=1e-12)
+
+
+COMPILED = []
+
+
+@jax.monitoring.register_event_duration_secs_listener
+def _listen(event, duration, **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+        COMPILED.append(duration)
+
+
+def compiled_by(call):
+    """How many programs a call compiles."""
+    before = len(COMPILED)
+    jax.block_until_ready(call())
+    return len(COMPILED) - before
+
+
+ALGORITHMS = {
+    "eigsh": lambda m, i: eigsh(m, PARAMS, jax.random.key(i), k=2)[:3],
+    "lanczos": lambda m, i: lanczos(m, mlp(jax.random.key(i)), 6),
+    "trace": lambda m, i: trace(m, PARAMS, jax.random.key(i), num_probes=4),
+    "largest_eigenvalue": lambda m, i: largest_eigenvalue(m, PARAMS, jax.random.key(i)),
+    "spectral_density": lambda m, i: spectral_density(
+        m, PARAMS, jax.random.key(i), num_steps=5, num_probes=2
+    )[:2],
+}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_matrix_of_equal_shapes_compiles_nothing(name):
+    """Nor does a sum of such, but for the sum, whatever it is handed to first."""
+    find = ALGORITHMS[name]
+    first, second = (hessian_matvec(mlp_loss, PARAMS, x) for x in pieces(16, 16))
+    find(first, 10)
+    assert compiled_by(lambda: find(second, 11)) == 0
+    mean = sum_matvec((first, second), (0.5, 0.5))
+    assert compiled_by(lambda: find(mean, 12)) <= 1
+
+
+def test_algorithms_share_one_product():
+    """A step more is a program more, the product is not: eigsh then compiles less than
+    one program for each of the network's four leaves."""
+    matvec = hessian_matvec(mlp_loss, PARAMS, WHOLE)
+    jax.clear_caches()
+    assert compiled_by(lambda: ALGORITHMS["trace"](matvec, 20)) <= 12
+    assert compiled_by(lambda: ALGORITHMS["eigsh"](matvec, 21)) <= 10
+    multiply = _apply._multiply
+    size = multiply._cache_size()
+    for number, find in enumerate(ALGORITHMS.values()):
+        find(matvec, 30 + number)
+    restricted, part = restrict(matvec, PARAMS, "kernel")
+    eigsh(restricted, part, jax.random.key(40), k=1)
+    assert multiply._cache_size() == size == 1
+
+
+def test_a_sum_of_matrices():
+    parts = pieces(16, 16)
+    matvec = sum_matvec(
+        [hessian_matvec(mlp_loss, PARAMS, x) for x in parts], [0.25, -2.0]
+    )
+    a, b = (np.asarray(dense_hessian(mlp_loss, PARAMS, x)) for x in parts)
+    exact = (a / 4 - 2 * b) @ flat(VECTOR)
+    np.testing.assert_allclose(flat(matvec(VECTOR)), exact, atol=1e-12)
+    np.testing.assert_allclose(flat(jax.jit(matvec)(VECTOR)), exact, atol=1e-12)
+    traced = jax.jit(lambda m: lanczos(m, VECTOR, 4).diagonal)(matvec)
+    np.testing.assert_allclose(traced, lanczos(matvec, VECTOR, 4).diagonal, rtol=1e-9)
+    with pytest.raises(ValueError, match="there are 1 matvecs and 2 factors: hand"):
+        sum_matvec([matvec], [1.0, 2.0])
 
 
 def test_noise_of_halves_and_of_a_batch_against_its_data_set():

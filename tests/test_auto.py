@@ -15,7 +15,7 @@ from rmtdamp import (
     adam_shrinkage,
     auto_adam,
     auto_damping,
-    refresh_damping,
+    refresh,
     scale_by_adam_shrinkage,
     set_damping,
     with_damping,
@@ -55,7 +55,7 @@ def test_first_damping_is_floor_plus_measured_variance():
 
 
 def test_refreshes_every_so_many_steps_and_follows_the_learner():
-    tx, state, expected = owned(every=3), None, LEARNER.init(PARAMS)
+    tx, state, expected = owned(refresh_every=3), None, LEARNER.init(PARAMS)
     for step in range(7):
         _, state = take_steps(tx, 1, state)
         if step % 3 == 0:
@@ -67,15 +67,15 @@ def test_refreshes_every_so_many_steps_and_follows_the_learner():
                 rule=LEARNER.rule,
                 floor=1e-3,
                 decay=0.7,
-                max_damping=1.0,
+                min_shrinkage=0.01,
             )
-        chex.assert_trees_all_close(state.learned, expected, rtol=1e-5)
+        chex.assert_trees_all_close(state.measured, expected, rtol=1e-5)
     assert get(state, "refresh_attempts") == 3
     assert get(state, "last_refresh") == 6
 
 
 def test_the_update_is_that_of_adam_at_the_damping_in_force():
-    tx = owned(every=2)
+    tx = owned(refresh_every=2)
     state = tx.init(PARAMS)
     plain = scale_by_adam_shrinkage()
     plain_state = plain.init(PARAMS)
@@ -110,13 +110,15 @@ def test_a_bare_loss_is_a_learner_with_the_defaults():
 
 
 def test_by_hand_twin_gives_what_the_step_gives():
-    _, in_step = take_steps(owned(every=1), 1)
-    by_hand = owned(every=None)
-    state = refresh_damping(by_hand.init(PARAMS), LEARNER, PARAMS, BATCH)
-    chex.assert_trees_all_close(state.learned, in_step.learned, rtol=1e-6)
+    _, in_step = take_steps(owned(refresh_every=1), 1)
+    by_hand = owned(refresh_every=None)
+    state = refresh(by_hand.init(PARAMS), LEARNER, PARAMS, BATCH)
+    chex.assert_trees_all_close(state.measured, in_step.measured, rtol=1e-6)
     updates, after = take_steps(by_hand, 1, state, batch=None)
-    chex.assert_trees_all_equal(after.learned, state.learned)
-    chex.assert_trees_all_close(updates, take_steps(owned(every=1), 1)[0], rtol=1e-5)
+    chex.assert_trees_all_equal(after.measured, state.measured)
+    chex.assert_trees_all_close(
+        updates, take_steps(owned(refresh_every=1), 1)[0], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,10 +132,10 @@ def test_by_hand_twin_gives_what_the_step_gives():
     ids=["chain", "MultiSteps", "apply_if_finite", "named_chain"],
 )
 def test_found_in_any_chain(wrap):
-    tx = wrap(owned(every=None))
+    tx = wrap(owned(refresh_every=None))
     state = tx.init(PARAMS)
     before = get(state, "damping")
-    refreshed = refresh_damping(state, LEARNER, PARAMS, BATCH)
+    refreshed = refresh(state, LEARNER, PARAMS, BATCH)
     assert get(refreshed, "damping") > before
     assert get(refreshed, "refresh_attempts") == 1
     chex.assert_trees_all_equal_structs(state, refreshed)
@@ -150,10 +152,10 @@ def test_curvature_batch_is_measured_and_batch_is_meant():
     np.testing.assert_allclose(
         get(state, "measured_variance"), expected.variance, rtol=1e-5
     )
-    by_hand = refresh_damping(
+    by_hand = refresh(
         owned().init(PARAMS), LEARNER, PARAMS, BATCH, curvature_batch=large
     )
-    chex.assert_trees_all_close(by_hand.learned.damping, state.learned.damping)
+    chex.assert_trees_all_close(by_hand.measured.damping, state.measured.damping)
 
 
 def test_loss_args_reach_the_loss_without_retracing():
@@ -163,7 +165,7 @@ def test_loss_args_reach_the_loss_without_retracing():
         traces.append(None)
         return weight * mlp_loss(params, batch)
 
-    tx = owned(DampingLearner(loss, floor=0.0), every=1)
+    tx = owned(DampingLearner(loss, floor=0.0), refresh_every=1)
     variances = []
     update = jax.jit(
         lambda w: tx.update(
@@ -179,15 +181,11 @@ def test_loss_args_reach_the_loss_without_retracing():
     assert len(traces) == first
 
 
-@pytest.mark.parametrize(("count", "measured"), [(31, 24), (5, 5), (1, 0)])
+@pytest.mark.parametrize(("count", "measured"), [(31, 24), (5, 5)])
 def test_short_last_batch(count, measured):
     """The largest part that eight divides; below eight, microbatches of one example."""
     batch = jax.tree.map(lambda x: x[:count], BATCH)
     _, state = take_steps(owned(), 1, batch=batch)
-    if measured == 0:
-        assert get(state, "refresh_attempts") == 0
-        assert get(state, "damping") == jnp.float32(1e-3)
-        return
     part = jax.tree.map(lambda x: x[:measured], BATCH)
     expected = moments(
         mlp_loss,
@@ -202,8 +200,20 @@ def test_short_last_batch(count, measured):
     )
 
 
+@pytest.mark.parametrize("refresh_every", [1, None])
+def test_a_single_example_is_refused_aloud_and_counted(refresh_every):
+    batch = jax.tree.map(lambda x: x[:1], BATCH)
+    tx = owned(refresh_every=refresh_every)
+    by_hand = lambda: refresh(tx.init(PARAMS), LEARNER, PARAMS, batch)
+    in_step = lambda: take_steps(tx, 1, batch=batch)[1]
+    with pytest.warns(UserWarning, match="a batch of one example has no variance"):
+        state = by_hand() if refresh_every is None else in_step()
+    assert get(state, "refresh_attempts") == get(state, "refresh_rejections") == 1
+    assert get(state, "damping") == jnp.float32(1e-3)
+
+
 def test_non_finite_measurement_is_counted_and_training_goes_on():
-    tx = owned(every=1)
+    tx = owned(refresh_every=1)
     _, state = take_steps(tx, 1)
     bad = (BATCH[0].at[0, 0].set(jnp.nan), BATCH[1])
     updates, after = take_steps(tx, 1, state, batch=bad)
@@ -224,14 +234,14 @@ def test_measurement_is_reproducible_and_seeded():
     assert get(one, "damping") != get(other, "damping")
 
 
-@pytest.mark.parametrize("every", [1, None])
-def test_a_step_may_donate_its_state(every):
+@pytest.mark.parametrize("refresh_every", [1, None])
+def test_a_step_may_donate_its_state(refresh_every):
     """Twice: a donated state must not take the learner's own numbers with it."""
     floor = jnp.float32(1e-3)
     learner = DampingLearner(mlp_loss, floor=floor)
     target = jnp.float32(0.5)
     for tx in (
-        owned(learner, every=every),
+        owned(learner, refresh_every=refresh_every),
         set_damping(adam_shrinkage(1e-3), floor, target=target),
     ):
         step = jax.jit(
@@ -264,7 +274,7 @@ def test_every_setting_of_the_learner_reaches_the_measurement():
         execution="unroll",
         precision="bfloat16",
     )
-    state = refresh_damping(owned(learner).init(PARAMS), learner, PARAMS, BATCH)
+    state = refresh(owned(learner).init(PARAMS), learner, PARAMS, BATCH)
     assert "bfloat16" in seen
     expected = moments(
         loss,
@@ -283,24 +293,25 @@ def test_every_setting_of_the_learner_reaches_the_measurement():
 
 
 def test_every_argument_of_auto_adam_reaches_its_part():
-    given = {
-        "floor": 1e-2,
-        "decay": 0.2,
-        "rule": rmtdamp.scaled_identity_target,
-        "num_microbatches": 4,
-        "num_probes": 2,
-        "max_damping": 0.5,
-        "seed": 3,
-    }
-    one = auto_adam(1e-2, mlp_loss, b1=0.5, b2=0.8, every=1, form="shrinkage", **given)
+    learner = DampingLearner(
+        mlp_loss,
+        floor=1e-2,
+        decay=0.2,
+        rule=rmtdamp.scaled_identity_target,
+        num_microbatches=4,
+        num_probes=2,
+        min_shrinkage=0.5,
+        seed=3,
+    )
+    one = auto_adam(1e-2, learner, b1=0.5, b2=0.8, refresh_every=1, form="shrinkage")
     inner = scale_by_adam_shrinkage(b1=0.5, b2=0.8, form="shrinkage")
     chain = optax.chain(
-        auto_damping(inner, DampingLearner(mlp_loss, **given), every=1),
+        auto_damping(inner, learner, refresh_every=1),
         optax.scale_by_learning_rate(1e-2),
     )
     (updates, state), (expected, other) = take_steps(one, 3), take_steps(chain, 3)
     chex.assert_trees_all_close(updates, expected, rtol=1e-6)
-    chex.assert_trees_all_equal(get(state, "learned"), get(other, "learned"))
+    chex.assert_trees_all_equal(get(state, "measured"), get(other, "measured"))
 
 
 def test_state_survives_serialisation():
@@ -322,7 +333,7 @@ def test_learner_is_a_pytree_that_passes_through_jit():
 
 
 def test_eager_updates_do_not_compile_again():
-    tx = owned(every=2)
+    tx = owned(refresh_every=2)
     state = tx.init(PARAMS)
     for _ in range(2):
         _, state = tx.update(GRADS, state, PARAMS, batch=BATCH)
@@ -338,7 +349,7 @@ def test_sharded_training_matches_one_device():
     place = lambda tree, *axes: jax.device_put(
         tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
     )
-    tx = owned(every=1)
+    tx = owned(refresh_every=1)
 
     @jax.jit
     def step(params, state, batch):
@@ -359,11 +370,11 @@ def test_convolutions_on_a_cpu_get_a_warning_and_by_hand_does_not():
     params = jnp.ones((1, 1, 3, 3), jnp.float32)
     batch = jnp.ones((4, 1, 5, 5), jnp.float32)
     learner = DampingLearner(loss)
-    tx = owned(learner, every=2)
-    with pytest.warns(UserWarning, match="every=None to auto_damping and call refresh"):
+    tx = owned(learner, refresh_every=2)
+    with pytest.warns(UserWarning, match="refresh_every=None and call rmtdamp.refresh"):
         tx.update(params, tx.init(params), params, batch=batch)
-    state = owned(learner, every=None).init(params)
-    refresh_damping(state, learner, params, batch)  # warnings are errors here
+    state = owned(learner, refresh_every=None).init(params)
+    refresh(state, learner, params, batch)  # warnings are errors here
 
 
 def test_set_damping_shows_what_is_in_force():
@@ -413,33 +424,38 @@ HOLES = lambda: optax.masked(owned(), [{"kernel": True, "bias": False}] * 2)
             lambda: take_steps(set_damping(optax.sgd(1e-3), 1e-3), 1),
             "ignores `damping`",
         ),
-        (lambda: auto_damping(owned(), LEARNER).init(PARAMS), "two owners"),
-        (lambda: set_damping(owned(), 1e-3).init(PARAMS), "two owners of the damping"),
+        (
+            lambda: auto_damping(owned(), LEARNER).init(PARAMS),
+            "two transformations of one chain hold a damping",
+        ),
+        (lambda: set_damping(owned(), 1e-3).init(PARAMS), "the one inside already"),
         (
             lambda: auto_damping(
                 optax.chain(set_damping(adam_shrinkage(1e-3), 1e-3)), LEARNER
             ).init(PARAMS),
-            "transformation inside already holds one",
+            "the one inside already does",
         ),
         (
             lambda: take_steps(owned(), 1, damping=jnp.float32(1.0)),
-            "two owners .* do not pass damping= to update",
+            "handed another from outside.* do not pass damping= to update",
         ),
         (
-            lambda: refresh_damping(
+            lambda: refresh(
                 optax.chain(owned(), owned()).init(PARAMS), LEARNER, PARAMS, BATCH
             ),
-            "holds 2 auto_damping states",
+            "holds 2 states of a DampingLearner, and refresh needs exactly one",
         ),
         (
-            lambda: refresh_damping(
-                optax.adam(1e-3).init(PARAMS), LEARNER, PARAMS, BATCH
-            ),
-            "holds 0 auto_damping states",
+            lambda: refresh(optax.adam(1e-3).init(PARAMS), LEARNER, PARAMS, BATCH),
+            "holds 0 states of a DampingLearner",
         ),
         (lambda: HOLES().init(PARAMS), r"params with holes.*masked\(inner, mask\)"),
-        (lambda: owned(every=0), "every is 0: take a whole number of at least 1"),
-        (lambda: owned(every=0.5), "every is 0.5: take a whole number"),
+        (
+            lambda: owned(refresh_every=0),
+            "refresh_every is 0: take a whole number of at least 1",
+        ),
+        (lambda: owned(refresh_every=0.5), "refresh_every is 0.5: take a whole number"),
+        (lambda: owned(refresh_every=10.0), "refresh_every is 10.0: take a whole"),
         (
             lambda: take_steps(owned(), 1, curvature_batch=(BATCH[0], BATCH[1][:3])),
             "leaves of curvature_batch have unequal",
@@ -451,8 +467,11 @@ HOLES = lambda: optax.masked(owned(), [{"kernel": True, "bias": False}] * 2)
         (lambda: set_damping(adam_shrinkage(1e-3), -1.0), "damping is -1.0, and must"),
         (lambda: DampingLearner(mlp_loss, floor=-1.0), "floor is -1.0, .* at least 0"),
         (lambda: DampingLearner(mlp_loss, decay=1.0), r"decay is 1.0, .* in \[0, 1\)"),
-        (lambda: DampingLearner(mlp_loss, max_damping=0.0), "max_damping is 0.0"),
-        (lambda: DampingLearner(mlp_loss, num_microbatches=1), "at least 2, since"),
+        (lambda: DampingLearner(mlp_loss, min_shrinkage=0.0), "min_shrinkage is 0.0"),
+        (
+            lambda: DampingLearner(mlp_loss, num_microbatches=1),
+            "num_microbatches is 1, and must be at least 2, for a",
+        ),
         (lambda: DampingLearner(mlp_loss, num_probes=0), "num_probes is 0"),
         (lambda: DampingLearner(mlp_loss, batch_size=0), "batch_size is 0"),
     ],
@@ -501,7 +520,7 @@ def test_bad_types(call, message):
 
 def test_auto_adam_is_the_chain_it_stands_for():
     mask = [{"kernel": True, "bias": False}] * 2
-    one = auto_adam(1e-2, mlp_loss, floor=1e-3, weight_decay=0.1, mask=mask)
+    one = auto_adam(1e-2, LEARNER, weight_decay=0.1, mask=mask)
     chain = optax.chain(
         owned(),
         optax.add_decayed_weights(0.1, mask),
@@ -517,3 +536,145 @@ def test_with_damping_inside_a_mask_inside_the_owner():
     updates, state = take_steps(auto_damping(inner, LEARNER), 1)
     chex.assert_trees_all_equal(updates[0]["bias"], GRADS[0]["bias"])
     assert get(state, "damping") > 1e-3
+
+
+# What used to be silent: losses that are no mean over the batch, settings that differ.
+
+
+def sum_loss(params, batch):
+    return mlp_loss(params, batch) * len(batch[1])
+
+
+def batch_norm_loss(params, batch):
+    x, labels = batch
+    mean, deviation = x.mean(0), x.std(0)
+    return mlp_loss(params, ((x - mean[None]) / deviation[None], labels))
+
+
+def dropout_loss(params, batch, key_data):
+    key = jax.random.wrap_key_data(key_data)
+    keep = jax.random.bernoulli(key, 0.5, batch[0].shape)
+    return mlp_loss(params, (jnp.where(keep, batch[0], 0), batch[1]))
+
+
+LARGE = mlp_batch(jax.random.key(1), 128, SIZES, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("loss", "loss_args"),
+    [
+        (sum_loss, ()),
+        (batch_norm_loss, ()),
+        (dropout_loss, (jax.random.key_data(jax.random.key(3)),)),
+    ],
+)
+def test_a_loss_that_is_no_mean_is_counted_and_named(loss, loss_args):
+    learner = DampingLearner(loss)
+    tx = owned(learner, refresh_every=1)
+    _, state = take_steps(tx, 2, batch=LARGE, loss_args=loss_args)
+    assert get(state, "loss_mismatches") == 1
+    with pytest.warns(UserWarning, match="is not the mean of its microbatches"):
+        rmtdamp.check_state((state, optax.EmptyState()))
+    with pytest.warns(UserWarning, match="is not the mean of its microbatches"):
+        state = refresh(tx.init(PARAMS), learner, PARAMS, LARGE, loss_args=loss_args)
+    assert get(state, "loss_mismatches") == 1
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1.0, 1e3])
+def test_a_mean_is_no_mismatch_at_any_scale(factor):
+    loss = lambda params, batch: factor * mlp_loss(params, batch)
+    learner = DampingLearner(loss, min_shrinkage=1e-9)
+    state = refresh(owned(learner).init(PARAMS), learner, PARAMS, LARGE)
+    assert get(state, "loss_mismatches") == 0  # and warnings are errors here
+
+
+def test_one_place_for_a_setting():
+    """What auto_adam was given is what a refresh by hand learns with."""
+    learner = DampingLearner(mlp_loss, floor=5e-2)
+    tx = auto_adam(1e-3, learner, refresh_every=None)
+    state = refresh(tx.init(PARAMS), learner, PARAMS, BATCH)
+    _, in_step = take_steps(auto_adam(1e-3, learner), 1)
+    np.testing.assert_allclose(
+        get(state, "damping"), get(in_step, "damping"), rtol=1e-6
+    )
+    assert get(state, "damping") > 5e-2
+    with pytest.raises(TypeError, match=r"of type function.*DampingLearner\(loss_fn\)"):
+        refresh(state, mlp_loss, PARAMS, BATCH)
+
+
+def test_a_run_whose_measurements_all_fail_says_so():
+    bad = (BATCH[0].at[0, 0].set(jnp.nan), BATCH[1])
+    _, state = take_steps(owned(refresh_every=1), 2, batch=bad)
+    with pytest.warns(UserWarning, match="no measurement of the damping could be used"):
+        rmtdamp.check_state(state)
+
+
+def test_a_run_that_sits_on_the_bound_says_so():
+    learner = DampingLearner(mlp_loss, min_shrinkage=1 - 1e-6)
+    _, state = take_steps(owned(learner), 1)
+    with pytest.warns(UserWarning, match="meets the bound of its learner"):
+        rmtdamp.check_state(state)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: take_steps(owned(lambda params, x, y: jnp.mean(x)), 1),
+            r"missing a required argument: 'y'.*lambda params, batch: loss",
+        ),
+        (
+            lambda: take_steps(owned(), 1, loss_args=jax.random.key(0)),
+            r"loss_args is of type .*loss_args=\(x,\) for a single one",
+        ),
+        (
+            lambda: with_damping(optax.adam(1e-3)),
+            r"already made: .*with_damping\(optax.adam\)\(1e-3\)",
+        ),
+    ],
+    ids=["loss(params, x, y)", "loss_args=key", "with_damping(adam(...))"],
+)
+def test_messages_that_point_to_the_mistake(call, message):
+    with pytest.raises(TypeError, match=f"(?s){message}"):
+        call()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: optax.lookahead(tx, sync_period=5, slow_step_size=0.5),
+        lambda tx: optax.contrib.sam(tx, optax.sgd(1e-2), opaque_mode=False),
+    ],
+    ids=["lookahead", "sam"],
+)
+def test_wrappers_that_drop_extra_arguments_name_the_way_out(wrap):
+    params = optax.LookaheadParams.init_synced(PARAMS)
+    grads = GRADS
+    tx = wrap(auto_adam(1e-3, LEARNER))
+    if "lookahead" not in wrap.__code__.co_names:
+        params = PARAMS
+    with pytest.raises(ValueError, match=r"refresh_every=None and rmtdamp.refresh"):
+        tx.update(grads, tx.init(params), params)
+
+
+def test_inject_hyperparams_takes_a_learner():
+    tx = optax.inject_hyperparams(auto_adam)(learning_rate=1e-2, learner=LEARNER)
+    updates, state = take_steps(tx, 1)
+    expected, _ = take_steps(auto_adam(1e-2, LEARNER), 1)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-5)
+    assert get(state, "refresh_attempts") == 1
+
+
+def test_a_blow_up_does_not_lock_the_damping():
+    """One measurement of 9e6 among small ones, in the step, as it happened."""
+
+    def loss(params, batch, scale):
+        return scale * mlp_loss(params, batch)
+
+    tx = owned(DampingLearner(loss, floor=1e-4), refresh_every=1)
+    state, dampings = tx.init(PARAMS), []
+    for scale in [1.0, 1.0, 1.0, 3e5, 1.0, 1.0, 1.0]:
+        _, state = take_steps(tx, 1, state, loss_args=(jnp.float32(scale),))
+        dampings.append(float(get(state, "damping")))
+    assert max(dampings) < 3 * dampings[0]
+    assert get(state, "refresh_rejections") == 1

@@ -14,7 +14,7 @@ from problems import mlp, mlp_batch, mlp_loss
 
 import rmtdamp
 import rmtdamp.flax
-from rmtdamp.hessian import FactorsFn, make_blocks
+from rmtdamp.kronecker import ModelFactors, make_blocks
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -35,21 +35,26 @@ def taped_mlp(params, x, tape):
     return x @ last["kernel"] + last["bias"][None]
 
 
-FACTORS_FN = FactorsFn(
+FACTORS_FN = ModelFactors(
     model_fn=taped_mlp,
-    loss_fn=cross_entropy,
+    criterion=cross_entropy,
     blocks=make_blocks(PARAMS, {"first": {"kernel": "0/kernel", "bias": "0/bias"}}),
 )
-PERIODS = {"factor_every": 2, "eigen_every": 4}
-kfac = functools.partial(rmtdamp.kfac, 0.05, FACTORS_FN, **PERIODS)
-newton = functools.partial(
-    rmtdamp.lanczos_newton, 0.05, mlp_loss, num_steps=3, damping=0.1, every=2
-)
+
+
+def kfac(**change):
+    measurer = rmtdamp.KroneckerMeasurer(FACTORS_FN, eigen_every=2, **change)
+    return rmtdamp.kfac(0.05, measurer, damping=0.01, refresh_every=2)
+
+
+def newton(**change):
+    measurer = rmtdamp.RitzMeasurer(mlp_loss, num_steps=3, **change)
+    return rmtdamp.lanczos_newton(0.05, measurer, damping=0.1, refresh_every=2)
 
 
 def learned(inner):
     learner = rmtdamp.DampingLearner(mlp_loss, floor=0.1)
-    return rmtdamp.auto_damping(inner, learner, every=2)
+    return rmtdamp.auto_damping(inner, learner, refresh_every=2)
 
 
 def scheduled(inner):
@@ -59,15 +64,15 @@ def scheduled(inner):
 CASES = {
     "auto_damping(kfac)": learned(kfac(ekfac=True)),
     "lanczos_newton": newton(),
-    "set_damping(spectral)": scheduled(rmtdamp.spectral(0.05)),
-    "set_damping(shampoo)": scheduled(rmtdamp.shampoo(0.05, every=2)),
+    "set_damping(spectral)": scheduled(rmtdamp.spectral_descent(0.05)),
+    "set_damping(shampoo)": scheduled(rmtdamp.shampoo(0.05, eigen_every=2)),
     "kfac": kfac(),
     "auto_damping(lanczos_newton)": learned(
         newton(cleaning="rotationally_invariant", variance=0.01)
     ),
-    "auto_damping(spectral)": learned(rmtdamp.spectral(0.05, method="svd")),
-    "auto_damping(shampoo)": learned(rmtdamp.shampoo(0.05, every=2)),
-    "auto_adam": rmtdamp.auto_adam(0.05, mlp_loss, every=2),
+    "auto_damping(spectral)": learned(rmtdamp.spectral_descent(0.05, method="svd")),
+    "auto_damping(shampoo)": learned(rmtdamp.shampoo(0.05, eigen_every=2)),
+    "auto_adam": rmtdamp.auto_adam(0.05, mlp_loss, refresh_every=2),
 }
 # Their states hold nothing new: run with the slow tests.
 VARIANTS = {
@@ -151,7 +156,8 @@ def nnx_training(seed):
         nnx.Linear(4, 2, rngs=rngs),
     )
     factors_fn = rmtdamp.flax.nnx_factors(model, cross_entropy)
-    tx = rmtdamp.kfac(0.05, factors_fn, **PERIODS)
+    measurer = rmtdamp.KroneckerMeasurer(factors_fn, eigen_every=2)
+    tx = rmtdamp.kfac(0.05, measurer, damping=0.01, refresh_every=2)
     return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
 

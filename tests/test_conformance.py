@@ -4,6 +4,7 @@ Each row is a factory and its arguments. The objectives are optax's; the loss th
 learner measures is the objective times 1 + (mean of the batch), so that there is noise.
 """
 
+import dataclasses
 import functools
 import inspect
 
@@ -15,8 +16,7 @@ import pytest
 from optax._src.test_utils import log_compilations
 
 import rmtdamp
-from rmtdamp.hessian import FactorsFn, make_blocks
-from rmtdamp.hessian._kronecker import leaf_names
+from rmtdamp.kronecker import ModelFactors, leaf_names, make_blocks
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -85,13 +85,13 @@ def factors_of(objective, params):
             rows.append(jnp.reshape(outputs, (len(inputs), -1)))
         return jnp.concatenate(rows, axis=1)
 
-    def loss_fn(outputs, targets):
+    def criterion(outputs, targets):
         values = jax.vmap(lambda z: objective(unravel(z)))(outputs)
         return jnp.mean(values * (1 + targets).astype(values.dtype))
 
-    return FactorsFn(
+    return ModelFactors(
         model_fn=model_fn,
-        loss_fn=loss_fn,
+        criterion=criterion,
         blocks=make_blocks(params, layers),
         fisher="ggn",
     )
@@ -100,9 +100,10 @@ def factors_of(objective, params):
 def auto(inner):
     """A factory with a loss: auto_damping around `inner(learning_rate)`."""
 
-    def factory(learning_rate, loss_fn, every=3):
-        learner = rmtdamp.DampingLearner(loss_fn, floor=1e-4, max_damping=1.0)
-        return rmtdamp.auto_damping(inner(learning_rate), learner, every=every)
+    def factory(learning_rate, learner, refresh_every=3):
+        learner = dataclasses.replace(learner, floor=1e-4, min_shrinkage=0.5)
+        inside = inner(learning_rate)
+        return rmtdamp.auto_damping(inside, learner, refresh_every=refresh_every)
 
     return factory
 
@@ -111,27 +112,37 @@ def held(learning_rate: optax.ScalarOrSchedule, damping: float = 1e-3):
     return rmtdamp.set_damping(rmtdamp.adam_shrinkage(learning_rate), damping)
 
 
-def newton(learning_rate, loss_fn, damping=1e-3):
+def newton(learning_rate, learner, damping=1e-3):
+    measurer = rmtdamp.RitzMeasurer(learner.loss_fn, num_steps=10, start="gradient")
     return rmtdamp.lanczos_newton(
-        learning_rate, loss_fn, num_steps=10, damping=damping, start="gradient"
+        learning_rate, measurer, damping=damping, momentum=None
     )
 
 
-def shampoo(learning_rate, damping=1.0):
-    return rmtdamp.shampoo(learning_rate, damping)
+def auto_spectral(learning_rate, learner):
+    learner = dataclasses.replace(learner, floor=1.0)
+    descent = rmtdamp.spectral_descent(learning_rate, method="svd")
+    return rmtdamp.auto_damping(descent, learner)
 
 
-def auto_spectral(learning_rate, loss_fn):
-    learner = rmtdamp.DampingLearner(loss_fn, floor=1.0)
-    return rmtdamp.auto_damping(rmtdamp.spectral(learning_rate, method="svd"), learner)
+def auto_kfac(learning_rate, learner, measurer):
+    learner = dataclasses.replace(learner, floor=0.1)
+    return rmtdamp.auto_damping(rmtdamp.kfac(learning_rate, measurer), learner)
 
 
-def auto_kfac(learning_rate, loss_fn, factors_fn):
-    learner = rmtdamp.DampingLearner(loss_fn, floor=0.1)
-    return rmtdamp.auto_damping(rmtdamp.kfac(learning_rate, factors_fn), learner)
+def auto_adam(learning_rate, learner, rule=None, **options):
+    if rule is not None:
+        learner = dataclasses.replace(learner, rule=rule)
+    return rmtdamp.auto_adam(learning_rate, learner, **options)
 
 
-# name: (factory, arguments). One with `loss_fn` or `factors_fn` needs a batch.
+def kfac(learning_rate, measurer, ekfac=False, eigen_every=10, **options):
+    change = {"ekfac": ekfac, "eigen_every": eigen_every}
+    measurer = dataclasses.replace(measurer, **change)
+    return rmtdamp.kfac(learning_rate, measurer, damping=0.1, **options)
+
+
+# name: (factory, arguments). One with a `learner` or a `measurer` needs a batch.
 TABLE = {
     "adam_shrinkage": (rmtdamp.adam_shrinkage, {"learning_rate": 1e-2}),
     "adam_shrinkage, damped": (
@@ -158,11 +169,11 @@ TABLE = {
     ),
     "auto_damping, by hand": (
         auto(rmtdamp.adam_shrinkage),
-        {"learning_rate": 1e-2, "every": None},
+        {"learning_rate": 1e-2, "refresh_every": None},
     ),
-    "auto_adam": (rmtdamp.auto_adam, {"learning_rate": 1e-1, "every": 10}),
+    "auto_adam": (auto_adam, {"learning_rate": 1e-1, "refresh_every": 10}),
     "auto_adam, shrinkage": (
-        rmtdamp.auto_adam,
+        auto_adam,
         {
             "learning_rate": 1e-1,
             "form": "shrinkage",
@@ -170,26 +181,25 @@ TABLE = {
         },
     ),
     "lanczos_newton": (newton, {"learning_rate": 1e-1}),
-    "spectral": (
-        rmtdamp.spectral,
-        {"learning_rate": 1e-3, "damping": 1.0, "ns_steps": 12},
+    "spectral_descent": (
+        rmtdamp.spectral_descent,
+        {"learning_rate": 1e-3, "damping": 1.0, "num_iterations": 12},
     ),
-    "shampoo": (shampoo, {"learning_rate": 1e-3}),
-    "auto_damping(spectral)": (auto_spectral, {"learning_rate": 1e-3}),
-    "kfac": (rmtdamp.kfac, {"learning_rate": 1e-2, "damping": 0.1}),
+    "shampoo": (rmtdamp.shampoo, {"learning_rate": 1e-3, "damping": 1.0}),
+    "auto_damping(spectral_descent)": (auto_spectral, {"learning_rate": 1e-3}),
+    "kfac": (kfac, {"learning_rate": 1e-2}),
     "kfac, EKFAC": (
-        rmtdamp.kfac,
-        {"learning_rate": 1e-2, "damping": 0.1, "ekfac": True, "nesterov": True},
+        kfac,
+        {"learning_rate": 1e-2, "ekfac": True, "nesterov": True},
     ),
     "kfac, factored, every step": (
-        rmtdamp.kfac,
+        kfac,
         {
             "learning_rate": 1e-1,
-            "damping": 0.1,
             "tikhonov": "factored",
             "kl_clip": None,
             "momentum": None,
-            "factor_every": 1,
+            "refresh_every": 1,
             "eigen_every": 1,
         },
     ),
@@ -202,10 +212,10 @@ VARIANTS = {
     "auto_damping(amsgrad)",
     "auto_damping, by hand",
     "auto_adam, shrinkage",
-    "auto_damping(spectral)",
+    "auto_damping(spectral_descent)",
     "adamw_shrinkage",
     "with_damping(amsgrad)",
-    "spectral",
+    "spectral_descent",
     "auto_adam",
     "kfac, EKFAC",
     "kfac, factored, every step",
@@ -220,16 +230,16 @@ every_row = pytest.mark.parametrize(
 def given(name, objective, params):
     """A row's factory, its arguments, and the extras that its update needs."""
     factory, arguments = TABLE[name]
-    functions = {
-        "loss_fn": loss_of(objective),
-        "factors_fn": factors_of(objective, params),
+    measurers = {
+        "learner": rmtdamp.DampingLearner(loss_of(objective)),
+        "measurer": rmtdamp.KroneckerMeasurer(factors_of(objective, params)),
     }
-    functions = {
-        key: function
-        for key, function in functions.items()
+    measurers = {
+        key: measurer
+        for key, measurer in measurers.items()
         if key in inspect.signature(factory).parameters
     }
-    return factory, arguments | functions, {"batch": BATCH} if functions else {}
+    return factory, arguments | measurers, {"batch": BATCH} if measurers else {}
 
 
 def build(name, objective, params, **change):
@@ -288,9 +298,7 @@ def test_inject_hyperparams(name):
     grads = [jnp.ones((2, 3)), -jnp.ones((2, 5, 2))]
     factory, arguments, extras = given(name, objective, params)
     tx = factory(**arguments)
-    static = {"loss_fn", "rule", "num_microbatches", "num_probes"}
-    static |= {"factors_fn", "tikhonov", "ekfac", "nesterov"}
-    static &= set(inspect.signature(factory).parameters)
+    static = {"rule", "eigen_every"} & set(inspect.signature(factory).parameters)
     injected = optax.inject_hyperparams(factory, static_args=tuple(static))(**arguments)
 
     def first_step(tx):

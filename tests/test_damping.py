@@ -16,15 +16,8 @@ from rmtdamp import (
     scaled_identity_target,
     shrinkage_from_damping,
 )
-from rmtdamp.damping import (
-    curvature_ratio,
-    damping_weight,
-    initial_damping,
-    learn_damping,
-    stable_learning_rate,
-    stable_learning_rate_bound,
-)
-from rmtdamp.hessian import HessianMoments, hessian_matvec, largest_eigenvalue, moments
+from rmtdamp.damping import damping_weight, initial_damping, learn_damping
+from rmtdamp.hessian import HessianMoments, moments
 
 positive = st.floats(1e-12, 1e6)
 
@@ -152,7 +145,7 @@ def test_rules_from_measured_moments_of_wigner_noise():
 
 
 def learn(learned, *measured, step=0, rule=identity_target, **change):
-    options = {"floor": 0.1, "decay": 0.7, "max_damping": 10.0} | change
+    options = {"floor": 0.1, "decay": 0.7, "min_shrinkage": 1e-3} | change
     return learn_damping(
         learned,
         HessianMoments(*map(jnp.float32, measured)),
@@ -214,13 +207,66 @@ def test_negative_mean_eigenvalue_is_rejected_by_the_scaled_rule():
     assert after.damping == before.damping
 
 
-def test_cap_is_met_and_counted():
+@pytest.mark.parametrize("c", [1e-3, 1.0, 1e3])
+def test_the_bound_means_the_same_at_any_scale(c):
+    """beta >= 1/5 is delta <= 4 tau, whatever the scale of the loss."""
     before = initial_damping(0.1, jnp.float32)
-    no_signal = learn(before, 0.5, 0.25, 1.0, rule=scaled_identity_target)
-    for after in (no_signal, learn(before, 0.0, 1.0, 99.0)):
-        assert after.damping == 10.0
-        assert after.refresh_caps == 1
-        assert after.refresh_rejections == 0
+    no_signal = 0.5 * c, 0.25 * c**2, 1.0 * c**2
+    options = {"rule": scaled_identity_target, "floor": 0.0, "min_shrinkage": 0.2}
+    after = learn(before, *no_signal, **options)
+    np.testing.assert_allclose(after.damping, 4 * 0.5 * c, rtol=1e-6)
+    np.testing.assert_allclose(
+        shrinkage_from_damping(after.damping, after.damping_target), 0.2, rtol=1e-6
+    )
+    assert after.refresh_caps == 1
+    assert after.refresh_rejections == 0
+
+
+BLOW_UP = 9e6  # as it happened, among measurements of 3e-4
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+@pytest.mark.parametrize("factor", [BLOW_UP, 1 / BLOW_UP])
+def test_a_blow_up_is_forgotten_at_the_second_measurement_after_it(length, factor):
+    learned = initial_damping(0.0, jnp.float32)
+    step = lambda learned, m: learn(learned, 0.0, 1.0, m, floor=0.0)
+    for _ in range(4):
+        learned = step(learned, 3e-4)
+    before = learned.damping
+    for _ in range(length):
+        learned = step(learned, 3e-4 * factor)
+    if length == 1:
+        assert learned.damping == before  # one alone is not believed
+    learned = step(step(learned, 3e-4), 3e-4)
+    np.testing.assert_allclose(learned.damping, 3e-4, rtol=1e-6)
+    # refused: the first of the blow-up, and the first after it if that was believed
+    assert learned.refresh_rejections == (1 if length == 1 else 2)
+
+
+def test_a_lasting_change_is_followed_at_the_second_measurement():
+    learned = initial_damping(0.0, jnp.float32)
+    seen = [1e-3, 1e-3, 2e-2, 3e-2, 3e-2]
+    dampings = []
+    for m in seen:
+        learned = learn(learned, 0.0, 1.0, m, floor=0.0)
+        dampings.append(float(learned.damping))
+    np.testing.assert_allclose(dampings[:4], [1e-3, 1e-3, 1e-3, 3e-2], rtol=1e-6)
+
+
+@hypothesis.given(
+    st.lists(st.floats(0.2, 5.0), min_size=1, max_size=8), st.floats(1e-6, 1e6)
+)
+def test_what_scatters_is_averaged_and_never_refused(scatter, scale):
+    """Within a factor of ten of their average measurements are the plain recursion."""
+    learned, expected = initial_damping(0.0, jnp.float32), None
+    for x in scatter:
+        m = scale * x
+        if expected is not None and not 0.11 < m / expected < 9:
+            return
+        learned = learn(learned, 0.0, 0.0, m, floor=0.0, min_shrinkage=1e-12)
+        expected = m if expected is None else 0.7 * expected + 0.3 * m
+        np.testing.assert_allclose(learned.average_variance, expected, rtol=1e-5)
+    assert learned.refresh_rejections == 0
 
 
 def test_a_rule_of_ones_own():
@@ -247,108 +293,3 @@ def test_learner_keeps_dtypes_and_compiles():
     learned = initial_damping(0.1, jnp.float32)
     after = jax.jit(learn)(learned, 0.0, 1.0, 0.5)
     chex.assert_trees_all_equal_shapes_and_dtypes(learned, after)
-
-
-def test_curvature_ratio_limits():
-    curvature = {"a": jnp.array([0.0, 2.0]), "b": jnp.array([[5.0]])}
-    np.testing.assert_allclose(curvature_ratio(curvature, 0.5), 5.5 / 0.5)
-    np.testing.assert_allclose(curvature_ratio(curvature, 1e9), 1, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("momentum", "averaged"), [(0.0, False), (0.9, False), (0.9, True), (0.5, True)]
-)
-def test_stable_learning_rate_is_where_a_quadratic_begins_to_diverge(
-    momentum, averaged
-):
-    """Spectral radius of the recursion: below 1 under the bound, above 1 over it."""
-    eigenvalue = 3.0
-    bound = float(
-        stable_learning_rate(eigenvalue, momentum=momentum, averaged=averaged)
-    )
-
-    def radius(rate):
-        gain = (1 - momentum) if averaged else 1.0
-        # (x, trace) -> (x - rate * trace', trace' = momentum trace + gain lambda x)
-        recursion = np.array(
-            [
-                [1 - rate * gain * eigenvalue, -rate * momentum],
-                [gain * eigenvalue, momentum],
-            ]
-        )
-        return np.abs(np.linalg.eigvals(recursion)).max()
-
-    assert radius(0.999 * bound) < 1
-    assert radius(1.001 * bound) > 1
-
-
-def test_no_positive_curvature_means_no_bound():
-    assert stable_learning_rate(-1.0) == jnp.inf
-
-
-def test_equation_19_bounds_the_stable_rate_from_above():
-    key, other = jax.random.split(jax.random.key(0))
-    factor = jax.random.normal(key, (12, 12), jnp.float64)
-    hessian = factor @ factor.T
-    preconditioner = 0.1 + jnp.abs(jax.random.normal(other, (12,), jnp.float64))
-    found = largest_eigenvalue(
-        lambda v: hessian @ v,
-        preconditioner,
-        jax.random.key(1),
-        num_steps=2000,
-        preconditioner=preconditioner,
-    )
-    root = 1 / jnp.sqrt(preconditioner)
-    exact = jnp.linalg.eigvalsh(root[:, None] * hessian * root[None])[-1]
-    np.testing.assert_allclose(found.value, exact, rtol=1e-8)
-    bound = stable_learning_rate_bound(jnp.diag(hessian), preconditioner)
-    assert bound >= stable_learning_rate(found.value)
-
-
-def test_stable_rate_rejects_bad_momentum():
-    with pytest.raises(ValueError, match=r"momentum is 1.0, and must lie in \[0, 1\)"):
-        stable_learning_rate(1.0, momentum=1.0)
-
-
-@pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize("spectrum", [(-9.0, 1.0, 4.0), (9.0, 1.0, -4.0)])
-def test_largest_eigenvalue_is_the_algebraic_one(spectrum, traced):
-    basis = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (3, 3), jnp.float64))[0]
-    matrix = basis @ jnp.diag(jnp.array(spectrum)) @ basis.T
-
-    def loss(x, batch):
-        return 0.5 * jnp.mean(batch) * x @ matrix @ x
-
-    def find(x):
-        matvec = hessian_matvec(loss, x, jnp.ones(2))
-        return largest_eigenvalue(matvec, x, jax.random.key(1), num_steps=200)
-
-    found = (jax.jit(find) if traced else find)(jnp.ones(3))
-    np.testing.assert_allclose(found.value, max(spectrum), rtol=1e-10)
-    # The defining relation, and the residual that reports on it.
-    defect = matrix @ found.vector - found.value * found.vector
-    np.testing.assert_allclose(jnp.linalg.norm(defect), found.residual, atol=1e-10)
-
-
-@pytest.mark.parametrize(
-    ("diagonal", "expected"),
-    [
-        ([0.0, 0.0], 0.0),
-        ([-3.0, -3.0], -3.0),
-        ([-3.0], -3.0),
-        ([1e-30, 3e-30, 2e-30], 3e-30),
-    ],
-)
-def test_largest_eigenvalue_of_degenerate_matrices(diagonal, expected):
-    diagonal = jnp.array(diagonal, jnp.float32)
-    found = largest_eigenvalue(lambda v: diagonal * v, diagonal, jax.random.key(0))
-    np.testing.assert_allclose(found.value, expected, rtol=1e-4)
-
-
-def test_nan_curvature_bounds_nothing_silently():
-    assert jnp.isnan(stable_learning_rate(jnp.nan))
-
-
-def test_largest_eigenvalue_rejects_one_step():
-    with pytest.raises(ValueError, match="num_steps is 1, and at least 2"):
-        largest_eigenvalue(lambda v: v, jnp.ones(2), jax.random.key(0), num_steps=1)

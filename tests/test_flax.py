@@ -77,7 +77,7 @@ def test_curvature_loss_is_a_mean_and_the_training_loss_is_not():
 
 
 def test_nnx_measures_at_the_statistics_of_the_moment():
-    model, optimizer, learner = nnx_training(every=1)
+    model, optimizer, learner = nnx_training(refresh_every=1)
     nnx_step(model, optimizer, BATCH)
     before = jax.tree.map(jnp.copy, nnx.as_pure(nnx.state(model, nnx.Param)))
     nnx_step(model, optimizer, BATCH)
@@ -103,10 +103,10 @@ def test_nnx_measures_at_the_statistics_of_the_moment():
 
 
 def test_nnx_refresh_by_hand():
-    model, optimizer, learner = nnx_training(every=None)
+    model, optimizer, learner = nnx_training(refresh_every=None)
     nnx_step(model, optimizer, BATCH)
     assert value(optimizer, "refresh_attempts") == 0
-    rmtdamp.flax.refresh_damping(optimizer, learner, model, BATCH)
+    rmtdamp.flax.refresh(optimizer, learner, model, BATCH)
     assert value(optimizer, "refresh_attempts") == 1
     damping = value(optimizer, "damping")
     assert damping > 1e-3
@@ -138,7 +138,7 @@ def test_linen_through_train_state():
             apply_fn=model.apply,
             params=variables["params"],
             batch_stats=variables["batch_stats"],
-            tx=rmtdamp.auto_adam(1e-2, loss_fn, every=2),
+            tx=rmtdamp.auto_adam(1e-2, loss_fn, refresh_every=2),
         )
 
     @jax.jit
@@ -178,17 +178,15 @@ def test_a_forgotten_state_says_how_to_pass_it():
     model, optimizer, _ = nnx_training()
     grads = nnx.grad(nnx_loss)(model, BATCH)
     with pytest.raises(
-        ValueError, match=r"got 0 further .*loss_args=rmtdamp.flax.loss"
+        ValueError, match=r"state of the moment .*got 0: pass loss_args=rmtdamp.flax"
     ):
         optimizer.update(model, grads, batch=BATCH)
 
 
 def test_curvature_batch_reaches_the_measurement():
-    model, optimizer, learner = nnx_training(every=None)
+    model, optimizer, learner = nnx_training(refresh_every=None)
     large = jax.tree.map(lambda x: jnp.concatenate([x, x + 1]), BATCH)
-    rmtdamp.flax.refresh_damping(
-        optimizer, learner, model, BATCH, curvature_batch=large
-    )
+    rmtdamp.flax.refresh(optimizer, learner, model, BATCH, curvature_batch=large)
     expected = moments(
         learner.loss_fn,
         nnx.as_pure(nnx.state(model, nnx.Param)),
@@ -222,3 +220,57 @@ def test_train_state_still_takes_plain_optax():
     )
     state = state.apply_gradients(grads={"w": jnp.ones(2)}, extra_args={"batch": None})
     np.testing.assert_allclose(state.params["w"], 0.5)
+
+
+@pytest.mark.parametrize(
+    "accumulate",
+    [
+        lambda tx: optax.MultiSteps(tx, 2),
+        lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+    ],
+    ids=["MultiSteps", "its transformation"],
+)
+def test_train_state_hands_extra_arguments_through_multi_steps(accumulate):
+    def loss_fn(params, batch):
+        return jnp.mean((batch @ params["w"] - 1.0) ** 2)
+
+    batch = jax.random.normal(jax.random.key(0), (16, 4))
+    state = rmtdamp.flax.TrainState.create(
+        apply_fn=None,
+        params={"w": jnp.zeros(4)},
+        tx=accumulate(rmtdamp.auto_adam(1e-2, loss_fn, refresh_every=1)),
+    )
+    grads = jax.grad(loss_fn)(state.params, batch)
+    for _ in range(2):
+        state = state.apply_gradients(grads=grads, extra_args={"batch": batch})
+    assert optax.tree.get(state.opt_state, "refresh_attempts") == 1
+    assert state.params["w"][0] != 0
+
+
+def test_a_model_without_state_needs_no_loss_args():
+    """Neither in the step, nor by hand, nor for KFAC's factors."""
+    model = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+    learner = DampingLearner(rmtdamp.flax.curvature_loss(model, nnx_loss))
+    measurer = rmtdamp.KroneckerMeasurer(rmtdamp.flax.nnx_factors(model, cross_entropy))
+    tx = rmtdamp.auto_damping(rmtdamp.kfac(0.1, measurer), learner)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, batch):
+        grads = nnx.grad(nnx_loss)(model, batch)
+        optimizer.update(model, grads, batch=batch)
+
+    step(model, optimizer, BATCH)
+    for by_hand in (learner, measurer):
+        rmtdamp.flax.refresh(optimizer, by_hand, model, BATCH)
+    assert value(optimizer, "refresh_attempts") == 2
+    assert value(optimizer, "kfac_measurements") == 2
+
+
+def test_a_loss_of_the_model_itself_is_sent_to_curvature_loss():
+    model = Model(nnx.Rngs(0))
+    tx = rmtdamp.auto_adam(1e-3, nnx_loss)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads = nnx.grad(nnx_loss)(model, BATCH)
+    with pytest.raises(TypeError, match=r"flax.curvature_loss\(model, loss\)"):
+        optimizer.update(model, grads, batch=BATCH)

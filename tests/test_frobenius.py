@@ -44,6 +44,16 @@ def test_eager_is_traced_and_a_multiple_of_the_identity_is_exact():
     assert tuple(zero) == (0, 0)
 
 
+@pytest.mark.parametrize("unit", [1e25, 1e-25])
+def test_a_norm_that_has_no_square_in_float32(unit):
+    like = jnp.zeros(9, jnp.float32)
+    found = frobenius_norm(
+        lambda v: v * jnp.float32(unit), like, jax.random.key(5), num_probes=3
+    )
+    np.testing.assert_allclose(found.value, 3 * unit, rtol=1e-6)
+    assert found.stderr < 1e-6 * unit
+
+
 def test_no_probe_is_refused():
     with pytest.raises(ValueError, match="num_probes is 0, and at least 1 is needed"):
         frobenius_norm(matvec, LIKE, jax.random.key(0), num_probes=0)

@@ -10,15 +10,19 @@ import optax
 import pytest
 
 import rmtdamp
-from rmtdamp.hessian._factors import FactorsFn
-from rmtdamp.hessian._kronecker import Factors, make_blocks, second_moments, to_matrix
-from rmtdamp.transforms._kfac import refresh_factors, scale_by_kfac
-from rmtdamp.transforms._kfac_optimizer import kfac
+from rmtdamp import KroneckerMeasurer, kfac, scale_by_kfac
+from rmtdamp.kronecker import (
+    Factors,
+    ModelFactors,
+    make_blocks,
+    second_moments,
+    to_matrix,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("standard_promotion"),
     # Few and small, and one test looks for the warning itself.
-    pytest.mark.filterwarnings("ignore:the (model|loss) contains convolutions"),
+    pytest.mark.filterwarnings("ignore:.* measures a model with convolutions"),
 ]
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-9)
 
@@ -71,8 +75,8 @@ LAYERS = {
     "dense": {"kernel": "kernel", "bias": "bias"},
 }
 BLOCKS = make_blocks(PARAMS, LAYERS)
-FN = FactorsFn(
-    model_fn=model_fn, loss_fn=cross_entropy, blocks=BLOCKS, fisher="empirical"
+FN = ModelFactors(
+    model_fn=model_fn, criterion=cross_entropy, blocks=BLOCKS, fisher="empirical"
 )
 FOUND = jax.jit(lambda key: FN(PARAMS, BATCH, key))(jax.random.key(5))
 GRADS = jax.jit(jax.grad(loss_fn))(PARAMS, BATCH)
@@ -83,7 +87,8 @@ def stepper(tx):
     return jax.jit(lambda g, s, p, batch, **kw: tx.update(g, s, p, batch=batch, **kw))
 
 
-TX = scale_by_kfac(FN, factor_every=2, eigen_every=4)
+MEASURER = KroneckerMeasurer(FN, eigen_every=2)
+TX = scale_by_kfac(MEASURER, damping=1e-3, refresh_every=2)
 STEP = stepper(TX)
 with warnings.catch_warnings(action="ignore"):
     FIRST = STEP(GRADS, TX.init(PARAMS), PARAMS, BATCH)[1]
@@ -110,7 +115,7 @@ def plus(matrix, damping):
 def test_update_is_the_dense_solve_with_the_damping_of_the_moment(damping):
     # The bases were made under another damping, and are not renewed.
     updates, state = STEP(GRADS, FIRST, PARAMS, BATCH, damping=damping)
-    assert state.kfac_measurements == 1
+    assert state.measured.kfac_measurements == 1
 
     def curvature(layer, k):
         a, g = FOUND.kronecker[layer]
@@ -121,7 +126,7 @@ def test_update_is_the_dense_solve_with_the_damping_of_the_moment(damping):
 
 
 def test_factored_damping_is_the_dense_solve():
-    step = stepper(scale_by_kfac(FN, tikhonov="factored", factor_every=None))
+    step = stepper(scale_by_kfac(FN, tikhonov="factored", refresh_every=None))
     updates, _ = step(GRADS, FIRST, PARAMS, BATCH, damping=0.01)
 
     def curvature(layer, k):
@@ -133,11 +138,11 @@ def test_factored_damping_is_the_dense_solve():
 
 
 def test_ekfac_is_the_dense_solve_with_the_measured_diagonal():
-    tx = scale_by_kfac(FN, ekfac=True)
+    tx = scale_by_kfac(KroneckerMeasurer(FN, ekfac=True))
     updates, state = stepper(tx)(GRADS, tx.init(PARAMS), PARAMS, BATCH, damping=0.01)
 
     def curvature(layer, k):
-        basis = state.bases[layer]
+        basis = state.measured.bases[layer]
         q = jnp.kron(basis.inputs[k], basis.outputs[k])
         moments = second_moments(FOUND.records[layer], basis)[k].reshape(-1)
         return plus(q @ jnp.diag(moments) @ q.T, 0.01)
@@ -149,18 +154,19 @@ def test_averages_are_debiased_and_the_clocks_keep_time():
     state, other = FIRST, (BATCH[0] + 1, BATCH[1])
     # The same but for what the compiler fuses.
     exact = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-15)
-    jax.tree.map(exact, state.factors, FOUND.kronecker)
+    jax.tree.map(exact, state.measured.factors, FOUND.kronecker)
     seen = []
     for _ in range(4):
         _, state = STEP(GRADS, state, PARAMS, other)
-        seen.append((int(state.kfac_measurements), int(state.eigen_refreshes)))
+        known = state.measured
+        seen.append((int(known.kfac_measurements), int(known.eigen_refreshes)))
     assert seen == [(1, 1), (2, 1), (2, 1), (3, 2)]
     second = jax.jit(lambda key: FN(PARAMS, other, key))(jax.random.key(6))
     # Weights 0.05 * (0.95^2, 0.95, 1), over their sum.
     w = np.array([0.95**2, 0.95 + 1]) / (0.95**2 + 0.95 + 1)
     jax.tree.map(
         lambda s, x, y: close(s, w[0] * x + w[1] * y),
-        (state.factors, state.diagonal),
+        (known.factors, known.diagonal),
         (FOUND.kronecker, FOUND.diagonal),
         (second.kronecker, second.diagonal),
     )
@@ -177,7 +183,7 @@ def test_scanned_it_is_the_loop():
     for i in range(3):
         expected, state = STEP(GRADS, state, PARAMS, BATCH)
         jax.tree.map(lambda u, e, i=i: close(u[i], e), updates, expected)
-    jax.tree.map(close, final.factors, state.factors)
+    jax.tree.map(close, final.measured.factors, state.measured.factors)
     assert STEP._cache_size() <= 3  # without damping=, with it, on other weak types
 
 
@@ -185,19 +191,22 @@ def test_a_measurement_that_is_not_finite_is_counted_and_nothing_else():
     state = FIRST
     for _ in range(2):
         _, state = STEP(GRADS, state, PARAMS, NAN_BATCH)
-    assert (state.kfac_measurements, state.kfac_rejections) == (2, 1)
-    kept = lambda s: (s.factors, s.diagonal, s.bases, s.factor_weight)
+    known = state.measured
+    assert (known.kfac_measurements, known.kfac_rejections) == (2, 1)
+    kept = lambda s: s.measured._replace(kfac_measurements=0, kfac_rejections=0)
     jax.tree.map(np.testing.assert_array_equal, kept(state), kept(FIRST))
 
 
 def test_before_any_good_measurement_gradients_are_kept():
     updates, state = STEP(GRADS, TX.init(PARAMS), PARAMS, NAN_BATCH, damping=0.25)
-    assert (state.kfac_rejections, state.eigen_refreshes) == (1, 0)
+    known = state.measured
+    assert (known.kfac_rejections, known.eigen_refreshes) == (1, 0)
     jax.tree.map(lambda u, g: close(u, g / 1.25), updates, GRADS)
     # The next good one is decomposed at once, whatever the clock says.
     for _ in range(2):
         _, state = STEP(GRADS, state, PARAMS, BATCH, damping=0.25)
-    assert (state.kfac_measurements, state.eigen_refreshes) == (2, 1)
+    known = state.measured
+    assert (known.kfac_measurements, known.eigen_refreshes) == (2, 1)
 
 
 def test_no_damping_and_a_singular_block_leaves_directions_out_and_counts():
@@ -213,15 +222,24 @@ def test_no_damping_and_a_singular_block_leaves_directions_out_and_counts():
     assert state.kfac_fallbacks == 1
 
 
+def step_of(tx, state=FIRST):
+    """One step of an optimiser whose factors are those of the first measurement."""
+    state = jax.tree.map(
+        lambda x: state if isinstance(x, type(FIRST)) else x,
+        tx.init(PARAMS),
+        is_leaf=lambda x: isinstance(x, type(FIRST)),
+    )
+    return stepper(tx)(GRADS, state, PARAMS, BATCH)
+
+
 def test_kl_clip_bounds_the_step_and_leaves_small_ones():
     rate = optax.constant_schedule(0.5)
-
-    @jax.jit
-    def clip(bound):
-        tx = scale_by_kfac(FN, kl_clip=bound, learning_rate=rate, factor_every=None)
-        return tx.update(GRADS, FIRST, PARAMS)[0]
-
-    free, _ = STEP(GRADS, FIRST, PARAMS, BATCH)
+    options = {"damping": 1e-3, "refresh_every": None, "momentum": None}
+    clip = lambda bound: jax.tree.map(
+        lambda u: -2 * u, step_of(kfac(rate, FN, kl_clip=bound, **options))[0]
+    )
+    free = clip(None)
+    jax.tree.map(close, free, STEP(GRADS, FIRST, PARAMS, BATCH)[0])
     clipped = clip(1e-3)
     length = lambda u: 0.25 * optax.tree.vdot(u, GRADS)
     assert length(free) > 1e-2
@@ -230,25 +248,20 @@ def test_kl_clip_bounds_the_step_and_leaves_small_ones():
     jax.tree.map(
         lambda c, f: close(c, f * jnp.sqrt(1e-3 / length(free))), clipped, free
     )
-    same = clip(1e3)
-    jax.tree.map(close, same, free)
+    jax.tree.map(close, clip(1e3), free)
 
 
-def test_kfac_is_clip_then_decay_then_momentum_then_rate():
-    tx = kfac(0.1, FN, weight_decay=0.01, factor_every=None)
-    step = stepper(tx)
-    clipped = stepper(
-        scale_by_kfac(FN, kl_clip=0.01, learning_rate=0.1, factor_every=None)
-    )
-    state, inner = (FIRST, *tuple(tx.init(PARAMS))[1:]), FIRST
-    momentum = jax.tree.map(jnp.zeros_like, PARAMS)
-    for _ in range(2):
-        updates, state = step(GRADS, state, PARAMS, BATCH)
-        u, inner = clipped(GRADS, inner, PARAMS, BATCH)
-        momentum = jax.tree.map(
-            lambda m, u, p: 0.9 * m + u + 0.01 * p, momentum, u, PARAMS
-        )
-        jax.tree.map(lambda u, m: close(u, -0.1 * m), updates, momentum)
+def test_kfac_is_clip_then_momentum_then_decay_then_rate():
+    options = {"damping": 1e-3, "refresh_every": None}
+    tx = kfac(0.1, FN, kl_clip=1e-5, weight_decay=0.01, **options)
+    # A KL clip of 1e-5 at rate 0.1 is one of 1e-3 at rate 1.
+    clipped, _ = step_of(kfac(1.0, FN, kl_clip=1e-3, momentum=None, **options))
+    updates, state = step_of(tx)
+    momentum = jax.tree.map(lambda u: -u, clipped)
+    check = lambda u, m, p: close(u, -0.1 * (m + 0.01 * p))
+    jax.tree.map(check, updates, momentum, PARAMS)
+    updates, _ = stepper(tx)(GRADS, state, PARAMS, BATCH)
+    jax.tree.map(lambda u, m, p: check(u, 1.9 * m, p), updates, momentum, PARAMS)
 
 
 def test_small_damping_on_a_quadratic_is_a_newton_step():
@@ -258,9 +271,9 @@ def test_small_damping_on_a_quadratic_is_a_newton_step():
     half = lambda z, y: 0.5 * jnp.mean(jnp.sum((z - y) ** 2, axis=1))
     params = {"w": normal(7, 4, 3)}
     batch = normal(8, 16, 4), normal(9, 16, 3)
-    fn = FactorsFn(
+    fn = ModelFactors(
         model_fn=linear,
-        loss_fn=half,
+        criterion=half,
         blocks=make_blocks(params, {"w": {"kernel": "w"}}),
         fisher="ggn",
     )
@@ -273,10 +286,11 @@ def test_small_damping_on_a_quadratic_is_a_newton_step():
 
 def test_learned_held_and_by_hand():
     learner = rmtdamp.DampingLearner(loss_fn, floor=1e-2)
-    tx = rmtdamp.auto_damping(scale_by_kfac(FN, factor_every=None), learner, every=None)
+    inner = scale_by_kfac(MEASURER, refresh_every=None)
+    tx = rmtdamp.auto_damping(inner, learner, refresh_every=None)
     state = tx.init(PARAMS)
-    state = refresh_factors(state, FN, PARAMS, BATCH)
-    state = rmtdamp.refresh_damping(state, learner, PARAMS, BATCH)
+    for measurer in (MEASURER, learner):
+        state = rmtdamp.refresh(state, measurer, PARAMS, BATCH)
     damping = optax.tree.get(state, "damping")
     assert damping > 1e-2
     step = jax.jit(lambda s: tx.update(GRADS, s, PARAMS, batch=BATCH, unexpected=1))
@@ -293,8 +307,69 @@ def test_learned_held_and_by_hand():
     jax.tree.map(close, updates, expected)
 
 
+@pytest.mark.parametrize("change", [{}, {"ekfac": True}, {"debias": False}], ids=str)
+def test_by_hand_is_what_the_step_does_with_every_setting(change):
+    """Three measurements, the third of which renews the bases; and a bad one."""
+    measurer = KroneckerMeasurer(FN, decay=0.6, eigen_every=2, seed=3, **change)
+    in_step = scale_by_kfac(measurer, damping=0.1, refresh_every=1)
+    by_hand = scale_by_kfac(measurer, damping=0.1, refresh_every=None)
+    step, (one, other) = stepper(in_step), (in_step.init(PARAMS), by_hand.init(PARAMS))
+    for batch in (BATCH, (BATCH[0] + 1, BATCH[1]), (BATCH[0] - 1, BATCH[1]), NAN_BATCH):
+        _, one = step(GRADS, one, PARAMS, batch)
+        other = rmtdamp.refresh(other, measurer, PARAMS, batch)
+    assert one.measured.kfac_measurements == 4
+    assert one.measured.kfac_rejections == 1
+    # Eigenvectors are known up to their signs.
+    known = lambda s: s.measured._replace(
+        bases=[(b.input_values, b.output_values) for b in s.measured.bases]
+    )
+    jax.tree.map(close, known(one), known(other))
+
+
+def test_without_debiasing_the_identity_fades():
+    """After k measurements of the same batch: decay^k I + (1 - decay^k) A."""
+    measurer = KroneckerMeasurer(FN, decay=0.6, debias=False)
+    tx = scale_by_kfac(measurer, refresh_every=None)
+    state = tx.init(PARAMS)
+    for k in (1, 2, 3):
+        state = rmtdamp.refresh(state, measurer, PARAMS, BATCH)
+        for found, factors in zip(FOUND.kronecker, state.measured.factors, strict=True):
+            for a, average in zip(found, factors, strict=True):
+                eye = jnp.eye(a.shape[-1])[None]
+                close(average, 0.6**k * eye + (1 - 0.6**k) * a)
+
+
+def test_weight_decay_shrinks_weights_by_the_rate_times_it():
+    """With zero gradients: (1 - 0.1 * 0.01)^200, as in adamw_shrinkage."""
+    rate, decay, steps = 0.1, 0.01, 200
+    optimisers = (
+        kfac(rate, FN, damping=0.1, weight_decay=decay, refresh_every=None),
+        rmtdamp.lanczos_newton(
+            rate, loss_fn, damping=0.1, weight_decay=decay, refresh_every=None
+        ),
+        rmtdamp.spectral_descent(rate, weight_decay=decay),
+        rmtdamp.shampoo(rate, weight_decay=decay),
+        rmtdamp.adamw_shrinkage(rate, weight_decay=decay),
+    )
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    for tx in optimisers:
+
+        @jax.jit
+        def run(params, tx=tx):
+            def step(carry, _):
+                params, state = carry
+                updates, state = tx.update(zeros, state, params)
+                return (optax.apply_updates(params, updates), state), None
+
+            return jax.lax.scan(step, (params, tx.init(params)), length=steps)[0][0]
+
+        expected = (1 - rate * decay) ** steps
+        left = jax.tree.map(lambda p, c=expected: c * p, PARAMS)
+        jax.tree.map(close, run(PARAMS), left)
+
+
 def test_learning_in_the_step_hands_the_batch_on():
-    tx = rmtdamp.auto_damping(TX, loss_fn, every=2)
+    tx = rmtdamp.auto_damping(TX, loss_fn, refresh_every=2)
     _, state = stepper(tx)(GRADS, tx.init(PARAMS), PARAMS, BATCH)
     assert optax.tree.get(state, "refresh_attempts") == 1
     jax.tree.map(close, optax.tree.get(state, "factors"), FOUND.kronecker)
@@ -305,7 +380,7 @@ def test_dtypes_and_state_stay():
     params, grads, x = (
         jax.tree.map(lambda v: v.astype(dtype), t) for t in (PARAMS, GRADS, BATCH[0])
     )
-    tx = kfac(0.1, FN, factor_every=2, eigen_every=2)
+    tx = kfac(0.1, KroneckerMeasurer(FN, eigen_every=1), damping=0.1, refresh_every=2)
 
     @jax.jit
     def step(state, take):
@@ -319,7 +394,7 @@ def test_dtypes_and_state_stay():
     updates, state = step(tx.init(params), True)
     assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(state[0])}
-    assert dtypes == {jnp.dtype(d) for d in ("float32", "int32", "uint32")}
+    assert dtypes == {jnp.dtype(d) for d in ("float32", "int32")}
     assert jnp.isfinite(optax.tree.norm(updates))
 
 
@@ -327,10 +402,9 @@ def test_maps_params_and_injects_hyperparameters():
     state = optax.tree.map_params(TX, lambda v: v, FIRST)
     jax.tree.map(np.testing.assert_array_equal, state, FIRST)
 
-    static = ("factors_fn", "tikhonov", "ekfac", "nesterov")
-    injected = optax.inject_hyperparams(
-        kfac, static_args=static, hyperparam_dtype=jnp.float32
-    )(0.1, FN, damping=0.1, kl_clip=None, momentum=None)
+    injected = optax.inject_hyperparams(kfac, hyperparam_dtype=jnp.float32)(
+        0.1, MEASURER, damping=0.1, kl_clip=None, momentum=None
+    )
     updates, state = stepper(injected)(GRADS, injected.init(PARAMS), PARAMS, BATCH)
     assert optax.tree.get(state, "kfac_measurements") == 1
     expected, _ = STEP(GRADS, FIRST, PARAMS, BATCH, damping=0.1)
@@ -340,9 +414,9 @@ def test_maps_params_and_injects_hyperparameters():
 def test_bare_arrays_get_diagonal_blocks():
     params = {"w": jnp.ones(3)}
     half = lambda z, y: 0.5 * jnp.mean((z - y) ** 2)
-    fn = FactorsFn(
+    fn = ModelFactors(
         model_fn=lambda p, x, tape: x @ p["w"],
-        loss_fn=half,
+        criterion=half,
         blocks=make_blocks(params, {}),
         fisher="ggn",
     )
@@ -373,7 +447,7 @@ def test_missing_params_or_batch_is_refused():
     state = TX.init(PARAMS)
     with pytest.raises(ValueError, match=r"needs params, where it measures"):
         TX.update(GRADS, state, batch=BATCH)
-    with pytest.raises(ValueError, match=r"needs the batch .*factor_every=None"):
+    with pytest.raises(ValueError, match=r"needs the batch .*refresh_every=None"):
         TX.update(GRADS, state, PARAMS)
 
 
@@ -394,18 +468,51 @@ def test_other_params_are_refused():
     ("change", "message"),
     [
         ({"damping": -1.0}, r"damping is -1.0, and must be at least 0"),
-        ({"factor_decay": 1.0}, r"factor_decay is 1.0, and must be in \[0, 1\)"),
-        ({"factor_every": 0}, r"factor_every is 0: take a whole number .*None"),
-        ({"eigen_every": 2.5}, r"eigen_every is 2.5: take a whole number"),
-        ({"eigen_every": 15}, r"eigen_every is 15, and must be a multiple of .*10"),
-        ({"tikhonov": "none"}, r"tikhonov is 'none': choose from eigenvalues, fact"),
-        ({"tikhonov": "factored", "ekfac": True}, r"ekfac=True has no factors left"),
+        ({"refresh_every": 0}, r"refresh_every is 0: take a whole number .*None"),
+        ({"tikhonov": "none"}, r"tikhonov is 'none': choose from 'eigenvalues', 'f"),
     ],
-    ids=["damping", "decay", "every", "eigen", "multiple", "tikhonov", "ekfac"],
+    ids=["damping", "every", "tikhonov"],
 )
 def test_bad_arguments_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         scale_by_kfac(FN, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"decay": 1.0}, r"decay is 1.0, and must be in \[0, 1\)"),
+        ({"eigen_every": 2.5}, r"eigen_every is 2.5: take a whole number"),
+        ({"eigen_every": None}, r"eigen_every is None: take a whole number"),
+    ],
+)
+def test_bad_settings_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        KroneckerMeasurer(FN, **change)
+
+
+def test_ekfac_has_no_factored_damping():
+    with pytest.raises(ValueError, match=r"ekfac=True has no factors left"):
+        scale_by_kfac(KroneckerMeasurer(FN, ekfac=True), tikhonov="factored")
+
+
+def test_a_loss_function_is_no_measurer():
+    with pytest.raises(TypeError, match=r"has no blocks: .*nnx_factors"):
+        kfac(0.1, loss_fn)
+
+
+def test_a_damping_is_required():
+    tx = scale_by_kfac(FN, refresh_every=None)
+    with pytest.raises(ValueError, match=r"scale_by_kfac needs a damping: .*auto_damp"):
+        tx.update(GRADS, tx.init(PARAMS), PARAMS)
+
+
+def test_a_run_whose_factors_are_never_finite_says_so():
+    state = TX.init(PARAMS)
+    for _ in range(3):
+        _, state = STEP(GRADS, state, PARAMS, NAN_BATCH)
+    with pytest.warns(UserWarning, match="no measurement of the Kronecker factors"):
+        rmtdamp.check_state(state)
 
 
 class Foreign:
@@ -422,12 +529,12 @@ class Foreign:
 
 def test_factors_from_another_framework():
     constant = Factors(FOUND.kronecker, FOUND.diagonal)
-    tx = scale_by_kfac(Foreign(constant))
+    tx = scale_by_kfac(Foreign(constant), damping=1e-3)
     updates, _ = stepper(tx)(GRADS, tx.init(PARAMS), PARAMS, BATCH)
     expected, _ = STEP(GRADS, FIRST, PARAMS, BATCH)
     jax.tree.map(close, updates, expected)
 
-    tx = scale_by_kfac(Foreign(constant), ekfac=True)
+    tx = scale_by_kfac(KroneckerMeasurer(Foreign(constant), ekfac=True))
     with pytest.raises(
         ValueError, match=r"record of each of the 2 layers, .*returned 0"
     ):
@@ -438,12 +545,12 @@ def test_factors_from_another_framework():
 
 
 def test_refresh_by_hand_needs_one_state():
-    with pytest.raises(ValueError, match=r"holds 0 KFAC states"):
-        refresh_factors(optax.sgd(0.1).init(PARAMS), FN, PARAMS, BATCH)
+    with pytest.raises(ValueError, match=r"holds 0 states of a KroneckerMeasurer"):
+        rmtdamp.refresh(optax.sgd(0.1).init(PARAMS), MEASURER, PARAMS, BATCH)
 
 
 def test_convolutions_in_the_step_warn_on_a_cpu():
     # Not jitted: the warning is about the conditional, which an eager call has too.
-    tx = scale_by_kfac(FN)
-    with pytest.warns(UserWarning, match=r"contains convolutions.*refresh_factors"):
+    tx = scale_by_kfac(FN, damping=0.1)
+    with pytest.warns(UserWarning, match=r"KroneckerMeasurer .*refresh_every=None"):
         tx.update(GRADS, tx.init(PARAMS), PARAMS, batch=BATCH)

@@ -13,10 +13,9 @@ from flax import nnx
 
 import rmtdamp
 import rmtdamp.flax
+from rmtdamp import kfac, scale_by_kfac
 from rmtdamp.flax import linen_factors, nnx_factors
-from rmtdamp.hessian._kronecker import block_table
-from rmtdamp.transforms._kfac import scale_by_kfac
-from rmtdamp.transforms._kfac_optimizer import kfac
+from rmtdamp.kronecker import block_table
 
 pytestmark = [pytest.mark.usefixtures("standard_promotion"), pytest.mark.slow]
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-9)
@@ -243,9 +242,7 @@ def test_a_layer_under_checkpoint_is_refused_with_a_way_out():
 
 def test_a_forgotten_state_says_how_to_pass_it():
     fn, params, _, _ = nnx_case()
-    with pytest.raises(
-        ValueError, match=r"got 0 further .*loss_args=rmtdamp.flax.loss"
-    ):
+    with pytest.raises(ValueError, match=r"got 0: pass loss_args=rmtdamp.flax.loss"):
         fn(params, BATCH, jax.random.key(14))
 
 
@@ -281,15 +278,16 @@ def test_nnx_trains_with_a_learned_damping_and_refreshes_by_hand():
     learner = rmtdamp.DampingLearner(
         rmtdamp.flax.curvature_loss(model, flat_loss), floor=1e-2
     )
-    inner = kfac(0.3, fn, factor_every=None)
-    tx = rmtdamp.auto_damping(inner, learner, every=None)
+    measurer = rmtdamp.KroneckerMeasurer(fn, eigen_every=2)
+    inner = kfac(0.3, measurer, refresh_every=None)
+    tx = rmtdamp.auto_damping(inner, learner, refresh_every=None)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     value = lambda name: np.asarray(optax.tree.get(optimizer.opt_state, name)[...])
     losses = []
     for step in range(8):
         if step % 4 == 0:
-            rmtdamp.flax.refresh_factors(optimizer, fn, model, FLAT, eigen=step == 0)
-            rmtdamp.flax.refresh_damping(optimizer, learner, model, FLAT)
+            rmtdamp.flax.refresh(optimizer, measurer, model, FLAT)
+            rmtdamp.flax.refresh(optimizer, learner, model, FLAT)
         losses.append(float(nnx_step(model, optimizer, FLAT)))
     assert losses[-1] < 0.9 * losses[0]
     assert value("kfac_measurements") == 2
@@ -306,7 +304,11 @@ def test_linen_trains_through_train_state_and_restores_to_the_bit():
     loss_fn = lambda p, batch: cross_entropy(model_fn(p, batch[0]), batch[1])
     fn = linen_factors(model_fn, cross_entropy, params, FLAT[0])
     tx = rmtdamp.auto_damping(
-        scale_by_kfac(fn, factor_every=2, eigen_every=4, ekfac=True), loss_fn, every=2
+        scale_by_kfac(
+            rmtdamp.KroneckerMeasurer(fn, eigen_every=2, ekfac=True), refresh_every=2
+        ),
+        loss_fn,
+        refresh_every=2,
     )
     tx = optax.chain(tx, optax.scale_by_learning_rate(0.05))
     create = lambda: rmtdamp.flax.TrainState.create(

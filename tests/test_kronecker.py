@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from problems import mlp, mlp_batch, mlp_loss
 
-from rmtdamp.hessian._factors import FactorsFn
-from rmtdamp.hessian._kronecker import (
+from rmtdamp.kronecker import (
     KroneckerFactors,
+    ModelFactors,
     block_table,
-    convolution_patches,
     eigenbasis,
     from_matrix,
     leaf_names,
@@ -20,6 +19,7 @@ from rmtdamp.hessian._kronecker import (
     second_moments,
     to_matrix,
 )
+from rmtdamp.kronecker._tape import convolution_patches
 
 pytestmark = pytest.mark.slow
 
@@ -95,9 +95,9 @@ def mlp_blocks(params):
 
 
 MLP = mlp(jax.random.key(0))
-MLP_FN = FactorsFn(
+MLP_FN = ModelFactors(
     model_fn=taped_mlp,
-    loss_fn=cross_entropy,
+    criterion=cross_entropy,
     blocks=mlp_blocks(MLP),
     fisher="empirical",
 )
@@ -126,9 +126,9 @@ def test_factors_are_the_means_of_outer_products():
 
 
 def test_linear_network_with_squared_error_is_the_gauss_newton_block():
-    fn = FactorsFn(
+    fn = ModelFactors(
         model_fn=functools.partial(taped_mlp, activation=lambda y: y),
-        loss_fn=squared,
+        criterion=squared,
         blocks=mlp_blocks(MLP),
         fisher="ggn",
     )
@@ -157,9 +157,9 @@ def pooled(params, x, tape):
 
 
 PLACES = {"w": normal(8, 3, 4), "b": normal(9, 4)}
-PLACES_FN = FactorsFn(
+PLACES_FN = ModelFactors(
     model_fn=single,
-    loss_fn=squared,
+    criterion=squared,
     blocks=make_blocks(PLACES, {"dense": {"kernel": "w", "bias": "b"}}),
     fisher="ggn",
 )
@@ -171,9 +171,9 @@ def test_sharing_is_exact_in_its_own_setting(sharing):
     model = single if sharing == "expand" else pooled
     x = normal(10, N, 5, 3)
     batch = x, jnp.zeros((N, 5, 4) if sharing == "expand" else (N, 4))
-    fn = FactorsFn(
+    fn = ModelFactors(
         model_fn=model,
-        loss_fn=squared,
+        criterion=squared,
         blocks=PLACES_FN.blocks,
         fisher="ggn",
         sharing=sharing,
@@ -190,8 +190,8 @@ def test_a_second_call_is_a_second_place():
         first = single(params, x[:, 0], tape)
         return jnp.stack([first, single(params, x[:, 1], tape)], axis=1)
 
-    fn = FactorsFn(
-        model_fn=twice, loss_fn=squared, blocks=PLACES_FN.blocks, fisher="ggn"
+    fn = ModelFactors(
+        model_fn=twice, criterion=squared, blocks=PLACES_FN.blocks, fisher="ggn"
     )
     batch = normal(12, N, 2, 3), normal(13, N, 2, 4)
     found = jitted(fn, PLACES, batch, jax.random.key(14)).kronecker[0]
@@ -200,14 +200,14 @@ def test_a_second_call_is_a_second_place():
 
 
 def test_sampled_labels_give_the_gauss_newton_factor_on_average():
-    """And `terms` gives the scale back that a mean over tokens takes away."""
+    """And `num_terms` gives the scale back that a mean over tokens takes away."""
     make = functools.partial(
-        FactorsFn, model_fn=single, loss_fn=cross_entropy, blocks=PLACES_FN.blocks
+        ModelFactors, model_fn=single, criterion=cross_entropy, blocks=PLACES_FN.blocks
     )
     batch = normal(16, N, 2, 3), jnp.zeros((N, 2), jnp.int32)
     exact = jitted(make(fisher="ggn"), PLACES, batch, jax.random.key(17)).kronecker[0]
     keys = jax.random.split(jax.random.key(18), 2000)
-    draw = lambda key: make(terms=2)(PLACES, batch, key).kronecker[0].outputs
+    draw = lambda key: make(num_terms=2)(PLACES, batch, key).kronecker[0].outputs
     sampled = jax.jit(jax.vmap(draw))(keys)
     stderr = jnp.std(sampled, axis=0) / len(keys) ** 0.5
     score = (jnp.mean(sampled, axis=0) - exact.outputs) / stderr
@@ -267,9 +267,9 @@ def test_convolution_factors_equal_a_dense_construction(name):
         y = convolve(x, params["kernel"], **options) + params["bias"][None, None, None]
         return tape.convolution("conv", x, y, (3, 2), **options)
 
-    fn = FactorsFn(
+    fn = ModelFactors(
         model_fn=model,
-        loss_fn=lambda y, targets: jnp.mean(jnp.cos(y)),
+        criterion=lambda y, targets: jnp.mean(jnp.cos(y)),
         blocks=make_blocks(
             params, {"conv": {"kernel": "kernel", "bias": "bias", "groups": groups}}
         ),
@@ -331,9 +331,9 @@ def test_diagonal_blocks_are_mean_squared_gradients(diagonal):
         return cross_entropy(scaled(params, x[None], Silent()), y[None])
 
     each = jax.jit(jax.vmap(jax.grad(one), in_axes=(None, 0, 0)))(SCALED, *SCALED_BATCH)
-    fn = FactorsFn(
+    fn = ModelFactors(
         model_fn=scaled,
-        loss_fn=cross_entropy,
+        criterion=cross_entropy,
         blocks=SCALED_BLOCKS,
         fisher="empirical",
         diagonal=diagonal,
@@ -354,8 +354,8 @@ def test_diagonal_blocks_are_mean_squared_gradients(diagonal):
 
 
 def test_exact_gauss_newton_diagonal():
-    fn = FactorsFn(
-        model_fn=scaled, loss_fn=cross_entropy, blocks=SCALED_BLOCKS, fisher="ggn"
+    fn = ModelFactors(
+        model_fn=scaled, criterion=cross_entropy, blocks=SCALED_BLOCKS, fisher="ggn"
     )
     found = jitted(fn, SCALED, SCALED_BATCH, jax.random.key(29)).diagonal[0]
 
@@ -371,8 +371,8 @@ def test_exact_gauss_newton_diagonal():
 @pytest.mark.parametrize("places", [1, 5])
 def test_second_moments_are_the_diagonal_in_the_eigenbasis(places):
     batch = normal(30, N, places, 3), normal(31, N, places, 4)
-    fn = FactorsFn(
-        model_fn=single, loss_fn=squared, blocks=PLACES_FN.blocks, fisher="empirical"
+    fn = ModelFactors(
+        model_fn=single, criterion=squared, blocks=PLACES_FN.blocks, fisher="empirical"
     )
     found = jitted(fn, PLACES, batch, jax.random.key(32))
     basis = eigenbasis(found.kronecker[0])
@@ -402,16 +402,16 @@ def test_a_layer_called_with_different_shapes_is_refused():
         longer = jnp.stack([x, x], axis=1)
         return single(params, x, tape) + jnp.sum(single(params, longer, tape), axis=1)
 
-    fn = FactorsFn(model_fn=model, loss_fn=squared, blocks=PLACES_FN.blocks)
+    fn = ModelFactors(model_fn=model, criterion=squared, blocks=PLACES_FN.blocks)
     batch = normal(36, N, 3), normal(37, N, 4)
     with pytest.raises(ValueError, match=r"'dense' is called twice .*\(6, 4\).*\(6, 2"):
         fn(PLACES, batch, jax.random.key(38))
 
 
 def test_a_layer_that_is_not_called_is_refused():
-    fn = FactorsFn(
+    fn = ModelFactors(
         model_fn=lambda p, x, tape: x @ p["w"],
-        loss_fn=squared,
+        criterion=squared,
         blocks=PLACES_FN.blocks,
         fisher="ggn",
     )
@@ -424,8 +424,8 @@ def test_rows_that_are_not_examples_are_refused():
         constant = single(params, jnp.ones((4, 3)), tape)
         return x + jnp.sum(constant, axis=0)[None]
 
-    fn = FactorsFn(
-        model_fn=model, loss_fn=squared, blocks=PLACES_FN.blocks, fisher="ggn"
+    fn = ModelFactors(
+        model_fn=model, criterion=squared, blocks=PLACES_FN.blocks, fisher="ggn"
     )
     with pytest.raises(ValueError, match=r"sees 4 rows, which 6 examples do not"):
         fn(PLACES, (normal(42, N, 4), normal(43, N, 4)), jax.random.key(44))
@@ -440,8 +440,8 @@ def test_a_layer_inside_a_transformation_is_refused(transform):
             return jax.lax.scan(step, 0, jnp.moveaxis(x, 1, 0))[1][0]
         return (jax.vmap if transform == "vmap" else jax.checkpoint)(layer)(x)
 
-    fn = FactorsFn(
-        model_fn=model, loss_fn=squared, blocks=PLACES_FN.blocks, fisher="ggn"
+    fn = ModelFactors(
+        model_fn=model, criterion=squared, blocks=PLACES_FN.blocks, fisher="ggn"
     )
     batch = normal(45, N, 2, 3), normal(46, N, 4)
     with pytest.raises(ValueError, match=r"inside a transformed part"):
@@ -451,15 +451,15 @@ def test_a_layer_inside_a_transformation_is_refused(transform):
 
 
 def test_sampled_targets_unlike_the_batch_are_refused():
-    fn = FactorsFn(model_fn=single, loss_fn=squared, blocks=PLACES_FN.blocks)
+    fn = ModelFactors(model_fn=single, criterion=squared, blocks=PLACES_FN.blocks)
     with pytest.raises(ValueError, match=r"shapes \[\(6,\)\] and those .*sample_fn"):
         fn(PLACES, (normal(48, N, 3), normal(49, N, 4)), jax.random.key(50))
 
 
 def test_exact_curvature_of_several_outputs_is_refused():
-    fn = FactorsFn(
+    fn = ModelFactors(
         model_fn=lambda p, x, tape: {"z": single(p, x, tape)},
-        loss_fn=lambda z, y: squared(z["z"], y),
+        criterion=lambda z, y: squared(z["z"], y),
         blocks=PLACES_FN.blocks,
         fisher="ggn",
     )
@@ -470,16 +470,21 @@ def test_exact_curvature_of_several_outputs_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fisher": "true"}, r"fisher is 'true': choose from sampled, empirical, ggn"),
-        ({"sharing": "mean"}, r"sharing is 'mean': choose from expand, reduce"),
-        ({"diagonal": "full"}, r"diagonal is 'full': choose from examples, signs"),
-        ({"terms": 0}, r"terms is 0, and must be at least 1"),
+        (
+            {"fisher": "true"},
+            r"fisher is 'true': choose from 'sampled', 'empirical', 'ggn'",
+        ),
+        ({"sharing": "mean"}, r"sharing is 'mean': choose from 'expand', 'reduce'"),
+        ({"diagonal": "full"}, r"diagonal is 'full': choose from 'examples', 'signs'"),
+        ({"num_terms": 0}, r"num_terms is 0, and must be at least 1"),
     ],
-    ids=["fisher", "sharing", "diagonal", "terms"],
+    ids=["fisher", "sharing", "diagonal", "num_terms"],
 )
 def test_unknown_choices_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        FactorsFn(model_fn=single, loss_fn=squared, blocks=PLACES_FN.blocks, **change)
+        ModelFactors(
+            model_fn=single, criterion=squared, blocks=PLACES_FN.blocks, **change
+        )
 
 
 @pytest.mark.parametrize(

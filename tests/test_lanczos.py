@@ -137,6 +137,60 @@ def test_low_precision_params_are_handled_in_float32():
     assert found.diagonal.dtype == jnp.float32
 
 
+SCALES = [1e25, 1e-25, 1e36, 1e-32]
+
+
+@pytest.mark.parametrize("reorthogonalization", ["none", "twice"])
+@pytest.mark.parametrize("unit", SCALES)
+def test_a_matrix_whose_norm_has_no_square_in_float32(unit, reorthogonalization):
+    """unit (I + 3 u u^T): Ritz values 1 and 4 units after two steps, then breakdown."""
+    u = normal(0, 50, jnp.float32)
+    u = u / jnp.linalg.norm(u)
+    matvec = lambda v: (v + 3 * u * (u @ v)) * jnp.float32(unit)
+    start = normal(1, 50, jnp.float32)
+    found = lanczos(matvec, start, 5, reorthogonalization=reorthogonalization)
+    assert found.num_steps == 2
+    values, weights = found.ritz()
+    np.testing.assert_allclose(values / np.float32(unit), [1, 4, 4, 4, 4], rtol=1e-5)
+    share = float((u @ start) ** 2 / (start @ start))
+    np.testing.assert_allclose(weights, [1 - share, share, 0, 0, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("unit", SCALES)
+def test_a_start_whose_norm_has_no_square_in_float32(unit):
+    diagonal = jnp.array([1.0, 2.0, 5.0], jnp.float32)
+    found = lanczos(lambda v: diagonal * v, jnp.full(3, unit, jnp.float32), 3)
+    np.testing.assert_allclose(found.ritz()[0], [1, 2, 5], rtol=1e-5)
+
+
+@pytest.mark.parametrize("unit", SCALES)
+def test_every_scale_has_the_same_spectrum_and_eigenpairs(unit):
+    """Uniform on [-1, 1] and one at 3, in units whose square float32 does not have."""
+    diagonal = jnp.linspace(-1, 1, 99, dtype=jnp.float32)
+    diagonal = jnp.concatenate([diagonal, jnp.array([3.0], jnp.float32)])
+    matvec = lambda v: diagonal * jnp.float32(unit) * v
+    key = jax.random.key(4)
+    spectrum = spectral_density(matvec, diagonal, key, num_steps=40, num_probes=8)
+    nodes = spectrum.nodes / np.float32(unit)
+    np.testing.assert_allclose(nodes.max(1), 3, rtol=1e-5)
+    np.testing.assert_allclose(nodes.min(1), -1, rtol=1e-2)
+    means = (spectrum.weights * nodes).sum(1)
+    stderr = means.std(ddof=1) / 8**0.5
+    assert abs(means.mean() - 3 / 100) < 5 * stderr
+    other = jax.random.key(5)
+    pairs = eigsh(matvec, diagonal, other, k=2)
+    np.testing.assert_allclose(pairs.eigenvalues / np.float32(unit), [3, 1], rtol=1e-5)
+    assert np.all(pairs.residuals < 1e-3 * unit)
+    assert np.all(pairs.residuals > 0)
+
+
+def test_eigsh_of_what_is_not_finite_is_nan_and_soon():
+    matvec = lambda v: v * jnp.where(jnp.arange(30) == 4, jnp.nan, 1.0)
+    pairs = eigsh(matvec, jnp.ones(30), jax.random.key(0), k=2)
+    assert np.all(np.isnan(pairs.eigenvalues))
+    assert pairs.num_products == 20
+
+
 @pytest.mark.parametrize("which", ["LA", "SA", "LM"])
 def test_eigsh_matches_the_dense_hessian(which):
     """To 1e-6 in float64, vectors by the defining relation, order as SciPy's words."""

@@ -1,6 +1,7 @@
 """Lanczos-Newton: eq. 9 against dense algebra, its subspace's life, what it refuses."""
 
 import functools
+from typing import NamedTuple
 
 import chex
 import jax
@@ -11,10 +12,18 @@ import pytest
 from optax._src.test_utils import log_compilations
 from problems import quadratic_loss, symmetric
 
+from rmtdamp import (
+    DampingLearner,
+    RitzMeasurer,
+    auto_damping,
+    check_state,
+    lanczos_newton,
+    refresh,
+    scale_by_lanczos,
+    set_damping,
+)
 from rmtdamp.hessian import ggn_matvec, hessian_matvec
-from rmtdamp.transforms import DampingLearner, auto_damping, set_damping
-from rmtdamp.transforms._lanczos import ScaleByLanczosState, scale_by_lanczos
-from rmtdamp.transforms._lanczos_newton import lanczos_newton, refresh_lanczos
+from rmtdamp.transforms import ScaleByLanczosState
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -41,15 +50,35 @@ def flat(tree):
     return np.asarray(jax.flatten_util.ravel_pytree(tree)[0])
 
 
-def newton(loss_fn=quadratic_loss, num_steps=P, damping=0.1, **options):
-    options = {"every": None} | options
-    return scale_by_lanczos(loss_fn, num_steps=num_steps, damping=damping, **options)
+class Newton(NamedTuple):
+    """A transformation and what measures for it."""
+
+    measurer: RitzMeasurer
+    tx: optax.GradientTransformationExtraArgs
+
+    def init(self, params):
+        return self.tx.init(params)
+
+    def update(self, *args, **kwargs):
+        return self.tx.update(*args, **kwargs)
 
 
-def step(tx, grads=GRADS, batch=BATCH, params=PARAMS, **extras):
+def newton(loss_fn=quadratic_loss, damping=0.1, sharp_divisor=1.0, **options):
+    refresh_every = options.pop("refresh_every", None)
+    measurer = RitzMeasurer(loss_fn, **{"num_steps": P} | options)
+    tx = scale_by_lanczos(
+        measurer,
+        damping=damping,
+        sharp_divisor=sharp_divisor,
+        refresh_every=refresh_every,
+    )
+    return Newton(measurer, tx)
+
+
+def step(made, grads=GRADS, batch=BATCH, params=PARAMS, **extras):
     """One update after a refresh by hand."""
-    state = refresh_lanczos(tx.init(params), tx, params, batch, grads=grads)
-    return tx.update(grads, state, params, **extras)
+    state = refresh(made.init(params), made.measurer, params, batch, grads=grads)
+    return made.update(grads, state, params, **extras)
 
 
 def absolute_inverse(matrix, damping, g):
@@ -181,12 +210,12 @@ def test_cleaning_of_no_noise_changes_nothing():
     plain, _ = step(newton())
     cleaned, state = step(tx)
     chex.assert_trees_all_equal(plain, cleaned)
-    chex.assert_trees_all_equal(state.subspace[0], state.subspace[1])
+    chex.assert_trees_all_equal(state.measured[0], state.measured[1])
 
 
 def test_in_the_step_it_is_what_it_is_by_hand_and_compiles_once():
-    tx = newton(every=2, num_steps=4)
-    by_hand = newton(every=None, num_steps=4)
+    tx = newton(refresh_every=2, num_steps=4)
+    by_hand = newton(refresh_every=None, num_steps=4)
     state, hand = tx.init(PARAMS), by_hand.init(PARAMS)
 
     @jax.jit
@@ -200,7 +229,7 @@ def test_in_the_step_it_is_what_it_is_by_hand_and_compiles_once():
             updates, state = take(params, state, damping)
         assert i == 0 or not logs
         if i % 2 == 0:
-            hand = refresh_lanczos(hand, by_hand, params, BATCH)
+            hand = refresh(hand, by_hand.measurer, params, BATCH)
         expected, hand = by_hand.update(GRADS, hand, params, damping=damping)
         chex.assert_trees_all_close(updates, expected, rtol=1e-8)
     chex.assert_trees_all_close(state, hand, rtol=1e-8, atol=1e-8)
@@ -210,10 +239,10 @@ def test_in_the_step_it_is_what_it_is_by_hand_and_compiles_once():
 
 def test_a_refresh_by_hand_of_new_data_compiles_nothing():
     tx = newton()
-    state = refresh_lanczos(tx.init(PARAMS), tx, PARAMS, BATCH)
+    state = refresh(tx.init(PARAMS), tx.measurer, PARAMS, BATCH)
     params, batch = jax.tree.map(jnp.sin, PARAMS), 2 * BATCH
     with log_compilations() as logs:
-        refresh_lanczos(state, tx, params, batch)
+        refresh(state, tx.measurer, params, batch)
     assert not logs
 
 
@@ -227,10 +256,10 @@ def test_a_refresh_by_hand_of_new_data_compiles_nothing():
 )
 def test_stands_inside_the_owners(wrap):
     """In a chain, scanned; and the step is that of the damping in the state."""
-    inner = newton(every=None, start="gradient")
-    tx = optax.chain(optax.clip_by_global_norm(1e3), wrap(inner), optax.scale(-0.5))
+    inner = newton(refresh_every=None, start="gradient")
+    tx = optax.chain(optax.clip_by_global_norm(1e3), wrap(inner.tx), optax.scale(-0.5))
     batch = BATCH + symmetric(jax.random.key(5), 8, P)
-    state = refresh_lanczos(tx.init(PARAMS), inner, PARAMS, batch, grads=GRADS)
+    state = refresh(tx.init(PARAMS), inner.measurer, PARAMS, batch, grads=GRADS)
 
     def body(state, _):
         updates, state = tx.update(GRADS, state, PARAMS, batch=batch)
@@ -245,8 +274,9 @@ def test_stands_inside_the_owners(wrap):
 
 
 def test_lanczos_newton_is_followed_by_the_learning_rate():
-    tx = lanczos_newton(0.5, quadratic_loss, num_steps=P, damping=0.1, every=None)
-    rated, _ = step(tx)
+    measurer = RitzMeasurer(quadratic_loss, num_steps=P)
+    tx = lanczos_newton(0.5, measurer, damping=0.1, refresh_every=None)
+    rated, _ = step(Newton(measurer, tx))
     plain, _ = step(newton())
     chex.assert_trees_all_close(rated, jax.tree.map(lambda u: -0.5 * u, plain))
 
@@ -274,9 +304,9 @@ def test_a_bad_damping_falls_back_on_the_constructors_and_is_counted(bad):
 
 def test_a_refresh_that_is_not_finite_keeps_the_last_good_subspace():
     tx = newton()
-    good = refresh_lanczos(tx.init(PARAMS), tx, PARAMS, BATCH)
-    bad = refresh_lanczos(good, tx, PARAMS, BATCH * jnp.nan)
-    chex.assert_trees_all_equal(good.subspace[:3], bad.subspace[:3])
+    good = refresh(tx.init(PARAMS), tx.measurer, PARAMS, BATCH)
+    bad = refresh(good, tx.measurer, PARAMS, BATCH * jnp.nan)
+    chex.assert_trees_all_equal(good.measured[:3], bad.measured[:3])
     assert get(bad, "subspace_refreshes") == 2
     assert get(bad, "subspace_rejections") == 1
 
@@ -304,7 +334,8 @@ def test_low_precision_params_keep_a_float32_subspace():
     updates, state = step(newton(), cast(GRADS), cast(BATCH), cast(PARAMS))
     chex.assert_trees_all_equal_dtypes(updates, cast(GRADS))
     chex.assert_trees_all_equal_shapes(updates, GRADS)
-    assert all(v.dtype == jnp.float32 for v in jax.tree.leaves(state.subspace[:3]))
+    vectors = jax.tree.leaves(state.measured[:3])
+    assert all(v.dtype == jnp.float32 for v in vectors)
     np.testing.assert_allclose(get(state, "ritz_values")[-1], 20, rtol=0.02)
 
 
@@ -312,7 +343,9 @@ def test_the_state_restores_and_maps():
     state = step(newton())[1]
     assert isinstance(state, ScaleByLanczosState)
     seen = []
-    mapped = optax.tree.map_params(newton(), lambda v: seen.append(v.shape) or v, state)
+    mapped = optax.tree.map_params(
+        newton().tx, lambda v: seen.append(v.shape) or v, state
+    )
     chex.assert_trees_all_equal(mapped, state)
     assert sorted(seen) == [(P, 2), (P, 3, 2)]
 
@@ -323,9 +356,9 @@ def test_warns_of_convolutions_in_the_step():
         return jnp.mean(jnp.tanh(out) ** 2)
 
     kernel, batch = jnp.ones((2, 1, 1, 1)), jnp.ones((2, 1, 2, 2))
-    tx = newton(loss, num_steps=1, every=1)
+    tx = newton(loss, num_steps=1, refresh_every=1)
     if jax.default_backend() == "cpu":
-        with pytest.warns(UserWarning, match=r"call refresh_lanczos by hand"):
+        with pytest.warns(UserWarning, match=r"RitzMeasurer .* call rmtdamp.refresh"):
             jax.eval_shape(
                 lambda s: tx.update(kernel, s, kernel, batch=batch), tx.init(kernel)
             )
@@ -335,10 +368,10 @@ CONSTRUCTOR = {
     "damping": ({"damping": 0.0}, r"damping is 0.0, .* divided by"),
     "divisor": ({"sharp_divisor": -1.0}, r"sharp_divisor is -1.0, and must be above 0"),
     "no steps": ({"num_steps": 0}, r"num_steps is 0: take a whole number"),
-    "traced steps": ({"num_steps": jnp.ones(())}, r"static_args"),
-    "every": ({"every": 0}, r"every is 0: take a whole number"),
+    "traced steps": ({"num_steps": jnp.ones(())}, r"num_steps is .*: take a whole"),
+    "every": ({"refresh_every": 0}, r"refresh_every is 0: take a whole number"),
     "start": ({"start": "zero"}, r"start is 'zero': choose 'random', 'gradient'"),
-    "cleaning": ({"cleaning": "soap"}, r"cleaning is 'soap': choose None"),
+    "cleaning": ({"cleaning": "soap"}, r"cleaning is 'soap': choose from None, 'rotat"),
     "cleaning, start": (
         {"cleaning": "rotationally_invariant", "start": "gradient"},
         r"choose start='random'",
@@ -363,7 +396,7 @@ def test_refuses_at_construction(name):
 HOLES = {"a": PARAMS["a"], "b": optax.MaskedNode()}
 UPDATE = {
     "no params": (None, {"batch": BATCH}, r"needs params"),
-    "no batch": (PARAMS, {}, r"needs the batch .* refresh_lanczos by hand"),
+    "no batch": (PARAMS, {}, r"needs the batch .* rmtdamp.refresh by hand"),
     "holes": (HOLES, {"batch": BATCH}, r"scale_by_lanczos got params with holes"),
     "empty batch": (PARAMS, {"batch": BATCH[:0]}, r"batch holds no examples"),
     "damping": (PARAMS, {"batch": BATCH, "damping": 0.0}, r"damping is 0.0"),
@@ -373,7 +406,7 @@ UPDATE = {
 @pytest.mark.parametrize("name", UPDATE)
 def test_refuses_at_update(name):
     params, extras, match = UPDATE[name]
-    tx = newton(every=1)
+    tx = newton(refresh_every=1)
     with pytest.raises(ValueError, match=match):
         tx.update(GRADS, tx.init(PARAMS), params, **extras)
 
@@ -381,9 +414,18 @@ def test_refuses_at_update(name):
 def test_refuses_a_refresh_by_hand():
     tx = newton(start="gradient")
     state = tx.init(PARAMS)
-    with pytest.raises(TypeError, match=r"hand over what scale_by_lanczos returned"):
-        refresh_lanczos(state, optax.scale(1.0), PARAMS, BATCH)
+    with pytest.raises(TypeError, match=r"hand over what measures, with all its sett"):
+        refresh(state, tx.tx, PARAMS, BATCH)
     with pytest.raises(ValueError, match=r"pass grads"):
-        refresh_lanczos(state, tx, PARAMS, BATCH)
-    with pytest.raises(ValueError, match=r"holds 2 scale_by_lanczos states"):
-        refresh_lanczos((state, state), newton(), PARAMS, BATCH)
+        refresh(state, tx.measurer, PARAMS, BATCH)
+    with pytest.raises(ValueError, match=r"holds 2 states of a RitzMeasurer"):
+        refresh((state, state), newton().measurer, PARAMS, BATCH)
+
+
+def test_a_run_whose_subspace_is_never_finite_says_so():
+    tx = newton(refresh_every=1)
+    state = tx.init(PARAMS)
+    for _ in range(2):
+        _, state = tx.update(GRADS, state, PARAMS, batch=BATCH * jnp.nan)
+    with pytest.warns(UserWarning, match="no measurement of the Ritz subspace"):
+        check_state(state)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from rmtdamp import plot, rmt
 from rmtdamp.hessian import EigenPairs, Spectrum
-from rmtdamp.outliers import Outliers, spiked_law
+from rmtdamp.outliers import Outliers
 from rmtdamp.plot._axis import Smoothed
 
 pytestmark = pytest.mark.slow
@@ -43,20 +43,17 @@ def vectors(key, count):
     return {"a": rows[:, :2], "b": rows[:, 2:].reshape(count, 2, 2)}
 
 
-def found(values, edge=1.0, seed=0):
-    """Outliers as if they had been measured in semicircle noise."""
+def found(values, beyond=1.0, seed=0):
+    """Outliers as if they had been judged so, by their magnitudes."""
     values = jnp.array(values)
-    outside = jnp.abs(values) > edge
-    true, overlap = spiked_law(jnp.where(outside, values, 3.0), semicircle())
+    out = jnp.abs(values) > beyond
     return Outliers(
         eigenvalues=values,
         residuals=jnp.zeros_like(values),
-        is_outlier=outside,
-        true_eigenvalues=jnp.where(outside, true, jnp.nan),
-        overlaps_squared=jnp.where(outside, overlap, 0),
+        is_outlier=out,
+        true_eigenvalues=jnp.where(out, values, jnp.nan),
+        overlaps_squared=jnp.where(out, 1 - 0.1 / jnp.abs(values), 0.6),
         eigenvectors=vectors(jax.random.key(seed), len(values)),
-        edge=jnp.array(edge),
-        noise=semicircle(),
     )
 
 
@@ -97,7 +94,11 @@ def test_copies_and_padding_change_nothing():
 
 def test_density_picture_shows_edges_outliers_and_semicircle():
     values = [30.0, -8.0, 2.0, 0.5]
-    ax = plot.spectral_density(with_spikes(values), outliers=found(values, edge=1.5))
+    noise = semicircle()
+    noise = noise._replace(nodes=noise.nodes.at[0, 0].set(-1.5))
+    ax = plot.spectral_density(
+        with_spikes(values), outliers=found(values), noise=noise, variance=VARIANCE
+    )
     assert isinstance(ax.figure, Figure)
     assert (ax.get_xscale(), ax.get_yscale()) == ("asinh", "log")
     assert "loss / parameter²" in ax.get_xlabel()
@@ -128,10 +129,16 @@ def test_what_is_given_wins():
     ax = Figure().subplots()
     spectrum = with_spikes([30.0])
     same = plot.spectral_density(
-        spectrum, outliers=found([30.0]), variance=1.0, linear_width=3.0, ax=ax
+        spectrum,
+        outliers=found([30.0]),
+        noise=semicircle(),
+        variance=1.0,
+        linear_width=3.0,
+        ax=ax,
     )
     assert same is ax
     line(ax, "semicircle, edges ±2")
+    line(plot.spectral_density(spectrum, noise=semicircle()), "semicircle, edges ±1")
     assert ax.xaxis.get_transform().linear_width == 3.0
     zero = plot.spectral_density(spectrum, variance=0.0)
     assert [x.get_label() for x in zero.lines] == ["spectral density"]
@@ -163,27 +170,35 @@ def test_squared_overlaps_are_those_of_the_flat_vectors():
 
 
 @pytest.mark.parametrize("second", ["batch", "truth"])
-def test_overlap_picture_predicts_once_or_twice(second):
+def test_overlap_picture_estimates_once_or_twice(second):
     first = found([4.0, -2.0, 0.9], seed=1)
     other = found([3.5, 2.5], seed=2)
-    if second == "truth":
-        other = EigenPairs(other.eigenvalues, other.eigenvectors, other.residuals, 0)
-    ax = plot.eigenvector_overlap(first, other)
-    power = 2 if second == "batch" else 1
-    s2 = float(first.variance)
-    for label, beyond in (("Theorem 1", 1.05), ("law of the measured noise", 1.05)):
-        x, y = line(ax, label)
-        far = x > beyond
-        nu = (x[far] + np.sqrt(x[far] ** 2 - 4 * s2)) / 2
-        # In semicircle noise the two laws are one.
-        np.testing.assert_allclose(y[far], (1 - s2 / nu**2) ** power, atol=2e-3)
     overlaps = plot.squared_overlaps(first, other)
+    # Of the outliers alone.
+    estimate = np.asarray(first.overlaps_squared)[:2]
+    power = 2 if second == "batch" else 1
+    if second == "batch":
+        partners = overlaps.argmax(1)[:2]
+        estimate = estimate * np.asarray(other.overlaps_squared)[partners]
+    else:
+        other = EigenPairs(other.eigenvalues, other.eigenvectors, other.residuals, 0)
+    ax = plot.eigenvector_overlap(first, other, variance=VARIANCE)
+    x, y = line(ax, "estimated from the halves")
+    np.testing.assert_allclose(x, [4, 2])
+    np.testing.assert_allclose(y, estimate)
+    x, y = line(ax, "Theorem 1")
+    assert x[0] == pytest.approx(0.9 * 0.9)
+    far = x > 1.05
+    nu = (x[far] + np.sqrt(x[far] ** 2 - 4 * VARIANCE)) / 2
+    law = (1 - VARIANCE / nu**2) ** power
+    np.testing.assert_allclose(y[far], law, atol=1e-6)
+    assert (y[x < 1] == 0).all()
     x, y = line(ax, "projection on all 2")
     np.testing.assert_allclose(x, [4, 2, 0.9])
     np.testing.assert_allclose(y, overlaps.sum(1))
     np.testing.assert_allclose(line(ax, "best partner")[1], overlaps.max(1))
-    _, y = line(ax, "law of the measured noise")
-    assert np.isnan(y[0])  # no verdict inside the noise
+    plain = plot.eigenvector_overlap(first, other)
+    assert not any(str(x.get_label()).startswith("Theorem") for x in plain.lines)
 
 
 def test_two_noisy_batches_overlap_by_the_product():

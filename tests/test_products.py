@@ -8,6 +8,7 @@ from problems import dense_hessian, mlp, mlp_batch, mlp_loss
 
 from rmtdamp import DampingLearner
 from rmtdamp.hessian import hessian_matvec, hvp, moments
+from rmtdamp.transforms import Context
 
 PARAMS = mlp(jax.random.key(0))
 BATCH = mlp_batch(jax.random.key(1))
@@ -201,7 +202,7 @@ def test_a_loss_that_cannot_be_differentiated_names_the_other_mode():
             product(PLAIN, WEIGHTS, INPUTS, mode="reverse")
     learner = DampingLearner(CUSTOM, num_microbatches=2)
     step = jnp.zeros((), jnp.int32)
-    arguments = learner.init(WEIGHTS), step, WEIGHTS, INPUTS, (), 8
+    arguments = learner.init(WEIGHTS), Context(step, WEIGHTS, INPUTS, 8)
     with pytest.raises(TypeError, match=rf'pass mode="{reverse}"'):
         learner.refresh(*arguments)
     learner = DampingLearner(CUSTOM, num_microbatches=2, mode=reverse)

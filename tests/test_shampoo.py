@@ -10,8 +10,8 @@ from optax._src.test_utils import log_compilations
 from optax.contrib import MuonDimensionNumbers
 from problems import mlp, mlp_batch, mlp_loss
 
+from rmtdamp import scale_by_shampoo, shampoo
 from rmtdamp.transforms import DampingLearner, auto_damping, set_damping
-from rmtdamp.transforms._shampoo import scale_by_shampoo, shampoo
 
 pytestmark = [pytest.mark.usefixtures("standard_promotion"), pytest.mark.slow]
 
@@ -71,7 +71,7 @@ def test_with_one_gradient_it_is_the_damped_polar_factor(shape, decay):
 )
 def test_powers_and_sides(options, function):
     g = normal(0, 6, 4)
-    updates, state = run(scale_by_shampoo(0.1, every=1, **options), [g])
+    updates, state = run(scale_by_shampoo(damping=0.1, eigen_every=1, **options), [g])
     np.testing.assert_allclose(updates, spectrally(g, function), rtol=1e-7, atol=1e-9)
     left, right = state.blocks.left, state.blocks.right
     assert (left is None) == (
@@ -82,7 +82,9 @@ def test_powers_and_sides(options, function):
 
 def test_averages_over_several_gradients_in_dense_algebra():
     gradients, decay, damping = normal(0, 4, 5, 3), 0.8, 0.2
-    tx = scale_by_shampoo(damping, (0.25, 0.5), decay, every=1)
+    tx = scale_by_shampoo(
+        damping=damping, exponents=(0.25, 0.5), decay=decay, eigen_every=1
+    )
     updates, _ = run(tx, list(gradients))
     weights = (1 - decay) * decay ** np.arange(3, -1, -1) / (1 - decay**4)
     grams = lambda spec: np.einsum(spec, weights, gradients, gradients)
@@ -93,7 +95,7 @@ def test_averages_over_several_gradients_in_dense_algebra():
 
 def test_eigenbases_are_cached_and_a_new_damping_acts_at_once():
     a, b = normal(0, 4, 3), normal(1, 4, 3)
-    tx = scale_by_shampoo(decay=0.5, every=2)
+    tx = scale_by_shampoo(decay=0.5, eigen_every=2)
     update = jax.jit(tx.update)
     _, first = update(a, tx.init(a), damping=1.0)
     updates, second = update(b, first, damping=0.3)
@@ -126,13 +128,13 @@ def test_what_is_no_matrix_is_rmsprop():
     """g / (sqrt(v) + delta), v debiased; and a matrix whose sides are both too long."""
     a = {"bias": normal(0, 3), "huge": normal(1, 4, 3), "hole": None}
     b = {"bias": normal(2, 3), "huge": normal(3, 4, 3), "hole": None}
-    updates, state = run(scale_by_shampoo(0.1, decay=0.5, max_side=2), [a, b])
+    updates, state = run(scale_by_shampoo(damping=0.1, decay=0.5, max_side=2), [a, b])
     for name in ("bias", "huge"):
         v = (0.25 * a[name] ** 2 + 0.5 * b[name] ** 2) / 0.75
         expected = b[name] / (jnp.sqrt(v) + 0.1)
         np.testing.assert_allclose(updates[name], expected, rtol=1e-12)
         assert state.blocks[name].left is None
-    inside, _ = run(scale_by_shampoo(0.1, decay=0.0, damping_in_root=True), [a])
+    inside, _ = run(scale_by_shampoo(damping=0.1, decay=0.0, damping_in_root=True), [a])
     np.testing.assert_allclose(
         inside["bias"], a["bias"] / jnp.sqrt(a["bias"] ** 2 + 0.1), rtol=1e-12
     )
@@ -150,7 +152,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_factors():
     """And does not count in the debiasing, not even as the first."""
     g = {"a": normal(0, 4, 3), "b": normal(1, 2)}
     bad = g | {"b": jnp.array([1.0, jnp.nan])}
-    tx = scale_by_shampoo(0.1, every=1)
+    tx = scale_by_shampoo(damping=0.1, eigen_every=1)
     expected, clean = run(tx, [g])
     updates, state = run(tx, [bad, g])
     chex.assert_trees_all_close(updates, expected, rtol=1e-9)
@@ -167,9 +169,10 @@ GRADS = jax.grad(mlp_loss)(PARAMS, BATCH)
 def test_stands_inside_the_owners_and_compiles_once():
     """Scanned; with one gradient throughout, the step is the damped polar factor."""
     learner = DampingLearner(mlp_loss, floor=0.1)
+    inner = scale_by_shampoo(eigen_every=2)
     for tx in (
-        set_damping(scale_by_shampoo(every=2), optax.linear_schedule(1.0, 0.1, 4)),
-        auto_damping(optax.chain(scale_by_shampoo(every=2)), learner, every=2),
+        set_damping(inner, optax.linear_schedule(1.0, 0.1, 4)),
+        auto_damping(optax.chain(inner), learner, refresh_every=2),
     ):
 
         def body(state, _, tx=tx):
@@ -188,7 +191,7 @@ def test_stands_inside_the_owners_and_compiles_once():
 
 
 def test_an_eager_update_compiles_its_refresh_once():
-    tx = scale_by_shampoo(0.1, every=2)
+    tx = scale_by_shampoo(damping=0.1, eigen_every=2)
     g = normal(0, 3, 2)
     _, state = tx.update(g, tx.init(g))
     _, state = tx.update(g, state)
@@ -197,20 +200,23 @@ def test_an_eager_update_compiles_its_refresh_once():
     assert not logs
 
 
-def test_shampoo_averages_the_steps_and_scales_them():
+def test_shampoo_sums_the_steps_and_scales_them():
     a, b = normal(0, 3, 2), normal(1, 3, 2)
-    updates, _ = run(shampoo(0.1, 0.5, 0.8, decay=0.0, every=1), [a, b])
+    updates, _ = run(
+        shampoo(0.1, damping=0.5, momentum=0.8, decay=0.0, eigen_every=1), [a, b]
+    )
     one, two = (spectrally(g, lambda s: s / (s + 0.5)) for g in (a, b))
-    mean = (0.16 * one + 0.2 * two) / 0.36
-    np.testing.assert_allclose(updates, -0.1 * mean, rtol=1e-6)
-    updates, _ = run(shampoo(0.1, 0.5, None, decay=0.0, every=1), [a])
+    np.testing.assert_allclose(updates, -0.1 * (0.8 * one + two), rtol=1e-6)
+    updates, _ = run(
+        shampoo(0.1, damping=0.5, momentum=None, decay=0.0, eigen_every=1), [a]
+    )
     np.testing.assert_allclose(updates, -0.1 * one, rtol=1e-6)
 
 
 def test_low_precision_keeps_float32_factors_and_the_state_maps():
     low = {"kernel": normal(0, 4, 3), "bias": normal(1, 3)}
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), low)
-    tx = scale_by_shampoo(0.1)
+    tx = scale_by_shampoo(damping=0.1)
     updates, state = run(tx, [low])
     chex.assert_trees_all_equal_dtypes(updates, low)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(low))
@@ -226,7 +232,7 @@ def test_low_precision_keeps_float32_factors_and_the_state_maps():
         ({"exponents": -0.25}, r"exponents is -0.25: take one number or a pair"),
         ({"exponents": (1, 2, 3)}, r"exponents is \(1, 2, 3\)"),
         ({"decay": 1.0}, r"decay is 1.0, and must be in \[0, 1\)"),
-        ({"every": 0}, r"every is 0: take a whole number"),
+        ({"eigen_every": 0}, r"eigen_every is 0: take a whole number"),
         ({"max_side": 0}, r"max_side is 0: .* static_args"),
     ],
 )

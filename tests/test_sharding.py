@@ -17,18 +17,17 @@ BATCH = mlp_batch(jax.random.key(1), 16, SIZES)
 
 def learned(inner):
     return rmtdamp.auto_damping(
-        inner, rmtdamp.DampingLearner(mlp_loss, floor=0.1), every=1
+        inner, rmtdamp.DampingLearner(mlp_loss, floor=0.1), refresh_every=1
     )
 
 
-newton = rmtdamp.lanczos_newton(
-    0.1, mlp_loss, num_steps=4, damping=0.1, start="gradient"
-)
+measurer = rmtdamp.RitzMeasurer(mlp_loss, num_steps=4, start="gradient")
+newton = rmtdamp.lanczos_newton(0.1, measurer, damping=0.1)
 CASES = {
     "lanczos_newton": newton,
-    "spectral": rmtdamp.set_damping(rmtdamp.spectral(0.1), 0.1),
+    "spectral": rmtdamp.set_damping(rmtdamp.spectral_descent(0.1), 0.1),
     "auto_damping(lanczos_newton)": learned(newton),
-    "auto_damping(shampoo)": learned(rmtdamp.shampoo(0.1, every=1)),
+    "auto_damping(shampoo)": learned(rmtdamp.shampoo(0.1, eigen_every=1)),
 }
 VARIANTS = {"lanczos_newton", "auto_damping(lanczos_newton)", "auto_damping(shampoo)"}
 

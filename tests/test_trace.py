@@ -119,6 +119,23 @@ def test_a_steep_spectrum_leaves_no_nan():
         chex.assert_trees_all_close(found.value, values.sum(), rtol=1e-12)
 
 
+@pytest.mark.parametrize("unit", [1e25, 1e-25])
+@pytest.mark.parametrize("method", TRACE)
+def test_a_matrix_whose_norm_has_no_square_in_float32(method, unit):
+    """unit (2 I + 9 u u^T) against the same without its unit, standard error too."""
+    u = jax.random.normal(jax.random.key(0), (40,), jnp.float32)
+    u = u / jnp.linalg.norm(u)
+    run = lambda matvec, key: trace(matvec, u, key, num_probes=12, method=method)
+    plain = run(lambda v: 2 * v + 9 * u * (u @ v), jax.random.key(1))
+    scaled = run(
+        lambda v: (2 * v + 9 * u * (u @ v)) * jnp.float32(unit), jax.random.key(1)
+    )
+    np.testing.assert_allclose(scaled.value / np.float32(unit), plain.value, rtol=1e-5)
+    np.testing.assert_allclose(
+        scaled.stderr / np.float32(unit), plain.stderr, rtol=1e-3, atol=1e-4
+    )
+
+
 def test_hutchinson_is_matfree_with_the_same_probes():
     matrix, like = decaying(jax.random.key(0)), jnp.zeros(40)
     key, count = jax.random.key(1), 9

@@ -67,17 +67,40 @@ class Runs:
             return None
         try:
             rows = json.loads(path.read_text())
-            return [Record(**row) for row in rows]
-        except (json.JSONDecodeError, TypeError):
+            return [_record(row) for row in rows]
+        except (json.JSONDecodeError, TypeError, AttributeError, KeyError):
             raise ReportError(f"{path} is damaged: delete it to run it again") from None
 
     def save(self, method: str, seed: int, records: list[Record]) -> None:
         """Keep a finished run."""
-        rows = [record._asdict() for record in records]
-        write(self._path(method, seed), json.dumps(rows) + "\n")
+        write(self._path(method, seed), _json(_rows(records)) + "\n")
 
 
 Results = dict[str, list[list[Record]]]  # method -> seed -> epoch
+_MAY_BE_MISSING = ("damping", "measured_variance")
+
+
+def _json(value: Any, **options) -> str:
+    return json.dumps(value, allow_nan=False, **options)
+
+
+def _rows(run: list[Record]) -> list[dict]:
+    """The records of a run, with None for what JSON has no number for."""
+    return [
+        {k: None if x is None or not math.isfinite(x) else x for k, x in r.items()}
+        for r in (record._asdict() for record in run)
+    ]
+
+
+def _record(row: dict) -> Record:
+    """A record, with NaN where a run that diverged left no number."""
+    known: dict = {k: math.nan if x is None else x for k, x in row.items()}
+    return Record(**known | {k: row[k] for k in _MAY_BE_MISSING})
+
+
+def kept(runs: list[list[Record]]) -> list[list[Record]]:
+    """The runs of a method that did not diverge."""
+    return [run for run in runs if not run[-1].diverged]
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -89,9 +112,16 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def summarise(results: Results) -> dict[str, Any]:
-    """Mean and standard error over seeds of each final figure, by method."""
+    """Mean and standard error over seeds of each final figure, by method.
+
+    Over the runs that did not diverge; "diverged" counts the others.
+
+    Returns:
+        A dict from method to its figures.
+    """
     summary = {}
-    for method, runs in results.items():
+    for method, all_runs in results.items():
+        runs = kept(all_runs)
         last = [run[-1] for run in runs]
         # The first epoch holds compilation.
         speed = [
@@ -111,6 +141,7 @@ def summarise(results: Results) -> dict[str, Any]:
             for name, values in columns.items()
             if values
         }
+        summary[method]["diverged"] = len(all_runs) - len(runs)
     return summary
 
 
@@ -143,6 +174,11 @@ def table(results: Results, data_name: str) -> Table:
         return text if math.isnan(error) else f"{text}±{error:.{digits}f}"
 
     for method, row in summarise(results).items():
+        if row["diverged"] == seeds:
+            out.add_row(method, *["diverged"] * 2, *["-"] * 4)
+            continue
+        if row["diverged"]:
+            method += f" ({row['diverged']} of {seeds} diverged)"
         damping = row.get("damping")
         out.add_row(
             method,
@@ -173,7 +209,13 @@ def picture(results: Results, data_name: str, path: pathlib.Path) -> None:
     """Losses on the left; on the right the damping beside the measured variance."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     colours = {method: f"C{i}" for i, method in enumerate(METHODS)}
-    for method, runs in results.items():
+    for method, all_runs in results.items():
+        runs = kept(all_runs)
+        if len(runs) < len(all_runs):
+            lost = f"{method}: {len(all_runs) - len(runs)} of {len(all_runs)} diverged"
+            left.plot([], [], color=colours[method], ls=":", label=lost)
+        if not runs:
+            continue
         _curve(left, runs, "test_loss", color=colours[method], label=method)
         _curve(left, runs, "train_loss", color=colours[method], ls="--", lw=1)
         if runs[0][-1].damping is None:
@@ -214,9 +256,8 @@ def write_report(results: Results, runs: Runs) -> None:
     report = runs.meta | {
         "summary": summarise(results),
         "runs": {
-            method: [[r._asdict() for r in run] for run in seeds]
-            for method, seeds in results.items()
+            method: [_rows(run) for run in seeds] for method, seeds in results.items()
         },
     }
-    write(runs.folder / "report.json", json.dumps(report, indent=1) + "\n")
+    write(runs.folder / "report.json", _json(report, indent=1) + "\n")
     picture(results, name, runs.folder / "report.png")

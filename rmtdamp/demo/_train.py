@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -61,6 +62,11 @@ class Record(NamedTuple):
     measured_variance: float | None
     steps_per_second: float
 
+    @property
+    def diverged(self) -> bool:
+        """Whether a loss is no longer finite."""
+        return not (math.isfinite(self.train_loss) and math.isfinite(self.test_loss))
+
 
 class Classifier(nnx.Module):
     """A multilayer perceptron with two hidden layers."""
@@ -98,8 +104,7 @@ def _functions(sizes):
     def predict(params, images):
         return nnx.merge(graphdef, params)(images)
 
-    def loss_fn(params, batch, *state):
-        del state  # empty
+    def loss_fn(params, batch):
         images, labels = batch
         return cross_entropy(predict(params, images), labels)
 
@@ -120,42 +125,39 @@ def transformation(method: str, settings: Settings, sizes, total_steps: int):
 
 
 def _optimiser(method, settings, sizes, total_steps):
-    loss_fn, _ = _functions(sizes)
     anneal = rmtdamp.schedules.linear_anneal_schedule
     rate = anneal(settings.learning_rate, total_steps)
-    if method == "sgd":
-        return optax.sgd(anneal(settings.sgd_learning_rate, total_steps), momentum=0.9)
-    if method == "adam":
-        return optax.adam(rate)
-    if method == "adam-shrinkage":
-        adam = rmtdamp.adam_shrinkage(rate, form=settings.form)
-        return rmtdamp.set_damping(adam, settings.damping)
-    if method == "auto-adam":
-        return rmtdamp.auto_adam(
-            rate,
-            loss_fn,
-            every=settings.every,
-            floor=settings.floor,
-            rule=RULES[settings.rule],
-            form=settings.form,
-        )
-    if method == "kfac":
-        return rmtdamp.set_damping(
-            rmtdamp.kfac(rate, _factors(sizes)), settings.damping
-        )
-    inner = {
-        "auto-lanczos": lambda: rmtdamp.lanczos_newton(
-            rate, loss_fn, num_steps=20, damping=1.0, every=settings.every
+    every = settings.every
+    learner = rmtdamp.DampingLearner(
+        _functions(sizes)[0], floor=settings.floor, rule=RULES[settings.rule]
+    )
+    subspace = rmtdamp.RitzMeasurer(learner.loss_fn, num_steps=20)
+    kfac = lambda: rmtdamp.kfac(rate, _factors(sizes))
+    make = {
+        "sgd": lambda: optax.sgd(
+            anneal(settings.sgd_learning_rate, total_steps), momentum=0.9
         ),
-        "auto-kfac": lambda: rmtdamp.kfac(rate, _factors(sizes)),
-        "auto-spectral": lambda: rmtdamp.spectral(rate),
-        "auto-shampoo": lambda: rmtdamp.shampoo(rate, every=settings.every),
+        "adam": lambda: optax.adam(rate),
+        "adam-shrinkage": lambda: rmtdamp.set_damping(
+            rmtdamp.adam_shrinkage(rate, form=settings.form), settings.damping
+        ),
+        "auto-adam": lambda: rmtdamp.auto_adam(
+            rate, learner, refresh_every=every, form=settings.form
+        ),
+        "kfac": lambda: rmtdamp.set_damping(kfac(), settings.damping),
     }
-    if method in inner:
-        learner = rmtdamp.DampingLearner(
-            loss_fn, floor=settings.floor, rule=RULES[settings.rule]
-        )
-        return rmtdamp.auto_damping(inner[method](), learner, every=settings.every)
+    learned = {
+        "auto-lanczos": lambda: rmtdamp.lanczos_newton(
+            rate, subspace, refresh_every=every, momentum=None
+        ),
+        "auto-kfac": kfac,
+        "auto-spectral": lambda: rmtdamp.spectral_descent(rate),
+        "auto-shampoo": lambda: rmtdamp.shampoo(rate, eigen_every=every),
+    }
+    if method in make:
+        return make[method]()
+    if method in learned:
+        return rmtdamp.auto_damping(learned[method](), learner, refresh_every=every)
     raise ValueError(f"method is {method!r}: choose from {', '.join(METHODS)}")
 
 
@@ -165,10 +167,7 @@ def _train_epoch(tx, loss_fn, params, opt_state, data, order):
         params, opt_state = carry
         batch = jax.tree.map(lambda x: x[rows], data)
         grads = jax.grad(loss_fn)(params, batch)
-        # The network has no state but its params; `nnx_factors` asks for it.
-        updates, opt_state = tx.update(
-            grads, opt_state, params, batch=batch, loss_args=({},)
-        )
+        updates, opt_state = tx.update(grads, opt_state, params, batch=batch)
         return (optax.apply_updates(params, updates), opt_state), None
 
     return jax.lax.scan(step, (params, opt_state), order)[0]
@@ -193,7 +192,8 @@ def train(
     """Train once, yielding a record per epoch.
 
     The seed fixes the initial weights and the order of the data, so that the methods
-    at one seed differ in nothing else. The first epoch's speed may hold compilation.
+    at one seed differ in nothing else. The first epoch's speed may hold compilation. A
+    run whose training loss is no longer finite ends there.
     """
     sizes = (data.train[0].shape[1], settings.width, settings.width, data.num_classes)
     loss_fn, predict, params = build(sizes, seed)
@@ -210,7 +210,7 @@ def train(
             _train_epoch(tx, loss_fn, params, opt_state, train_data, order)
         )
         seconds = time.perf_counter() - start
-        yield Record(
+        record = Record(
             epoch,
             *map(float, _evaluate(predict, params, train_data)),
             *map(float, _evaluate(predict, params, test_data)),
@@ -218,3 +218,6 @@ def train(
             measured_variance=scalar(opt_state, "measured_variance"),
             steps_per_second=num_batches / seconds,
         )
+        yield record
+        if record.diverged:
+            return

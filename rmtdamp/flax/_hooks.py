@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import jax
 import jax.numpy as jnp
 
-from rmtdamp.hessian._tape import Tape
+from rmtdamp.kronecker import Tape
 
 Layers = Sequence[str] | Callable[[str], bool] | None
 

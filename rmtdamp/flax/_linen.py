@@ -1,4 +1,4 @@
-"""linen model as a function, loss -> FactorsFn: layers are met as the model calls them.
+"""linen model as a function, criterion -> ModelFactors: layers are met when called.
 
 Inside `flax.linen.intercept_methods` a layer's call is answered by a clone of the layer
 whose product is shown to the tape.
@@ -11,10 +11,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from rmtdamp._types import LossFn, Params
-from rmtdamp.hessian._factors import Diagonal, FactorsFn, Fisher
-from rmtdamp.hessian._gauss_newton import SampleFn
-from rmtdamp.hessian._kronecker import Sharing, leaf_names, make_blocks
+from rmtdamp._types import Criterion, Params, SampleFn
+from rmtdamp.kronecker import (
+    Diagonal,
+    Fisher,
+    ModelFactors,
+    Sharing,
+    leaf_names,
+    make_blocks,
+)
 
 from ._hooks import Layers, choose, taped_convolution, taped_dot_general
 
@@ -92,7 +97,7 @@ def _layer(module, inputs, leaves: dict[str, tuple]) -> dict | None:
 
 def linen_factors(
     model_fn: Callable[..., Any],
-    loss: LossFn,
+    criterion: Criterion,
     params: Params,
     inputs: Any,
     *,
@@ -102,30 +107,30 @@ def linen_factors(
     sample_fn: SampleFn | None = None,
     sharing: Sharing = "expand",
     diagonal: Diagonal = "examples",
-    terms: int = 1,
+    num_terms: int = 1,
     precision: str | None = "highest",
-) -> FactorsFn:
+) -> ModelFactors:
     """Kronecker factors of an unchanged linen model, for `scale_by_kfac`.
 
     `nn.Dense`, `nn.DenseGeneral` (with it attention) and `nn.Conv` of any stride,
     padding, dilation and feature groups get a Kronecker block, the bias folded in; all
     else (norm scales, embeddings, bare params, layers inside `nn.scan`) a diagonal one.
-    `rmtdamp.hessian.block_table(factors_fn.blocks)` says which.
+    `rmtdamp.kronecker.block_table(factors_fn.blocks)` says which.
 
     Args:
         model_fn: `model_fn(params, inputs, *loss_args) -> outputs`, in evaluation mode;
             as a rule `lambda params, x: model.apply({"params": params}, x)`.
-        loss: `loss(outputs, targets) -> scalar`, the mean loss.
+        criterion: `criterion(outputs, targets) -> scalar`, the mean loss.
         params: as trained, for shapes.
         inputs: an example of the model's inputs, for shapes.
         loss_args: an example of further arguments (batch statistics), for shapes.
         layers: which layers get a Kronecker block: names or patterns such as
             "encoder/*", or a function of the name; default all.
-        fisher: "sampled", "empirical" or "ggn"; this and the rest: see `FactorsFn`.
+        fisher: "sampled", "empirical" or "ggn"; this and the rest: see `ModelFactors`.
         sample_fn: draws targets.
         sharing: "expand" or "reduce".
         diagonal: "examples" or "signs".
-        terms: independent terms per example that the loss takes the mean over.
+        num_terms: independent terms per example that the loss takes the mean over.
         precision: matmul precision.
 
     Returns:
@@ -139,17 +144,17 @@ def linen_factors(
         >>> import jax, jax.numpy as jnp, optax
         >>> import flax.linen as nn
         >>> import rmtdamp, rmtdamp.flax
-        >>> from rmtdamp.hessian import block_table
+        >>> from rmtdamp.kronecker import block_table
         >>> model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(3)])
         >>> def model_fn(params, x):
         ...     return model.apply({"params": params}, x)
-        >>> def loss(logits, labels):
+        >>> def criterion(logits, labels):
         ...     return optax.softmax_cross_entropy_with_integer_labels(
         ...         logits, labels
         ...     ).mean()
         >>> x = jnp.ones((16, 4))
         >>> params = model.init(jax.random.key(0), x)["params"]
-        >>> factors_fn = rmtdamp.flax.linen_factors(model_fn, loss, params, x)
+        >>> factors_fn = rmtdamp.flax.linen_factors(model_fn, criterion, params, x)
         >>> print(block_table(factors_fn.blocks))
         layer     params        block
         layers_0  (4, 8), (8,)  Kronecker 5 x 8
@@ -182,14 +187,14 @@ def linen_factors(
         with _intercept(answer):
             return model_fn(params, inputs, *loss_args)
 
-    return FactorsFn(
+    return ModelFactors(
         model_fn=taped_fn,
-        loss_fn=loss,
+        criterion=criterion,
         blocks=make_blocks(params, {name: specs[name] for name in sorted(chosen)}),
         fisher=fisher,
         sample_fn=sample_fn,
         sharing=sharing,
         diagonal=diagonal,
-        terms=terms,
+        num_terms=num_terms,
         precision=precision,
     )

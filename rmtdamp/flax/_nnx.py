@@ -1,4 +1,4 @@
-"""nnx model, loss -> FactorsFn: its layers are tapped from outside, on a copy."""
+"""nnx model, criterion -> ModelFactors: a copy's layers are tapped from outside."""
 
 import math
 from collections.abc import Callable
@@ -7,14 +7,18 @@ from typing import Any
 import jax
 from flax import nnx
 
-from rmtdamp._types import Batch
-from rmtdamp.hessian._factors import Diagonal, FactorsFn, Fisher
-from rmtdamp.hessian._gauss_newton import SampleFn
-from rmtdamp.hessian._kronecker import Sharing, leaf_names, make_blocks
-from rmtdamp.transforms import _kfac
+from rmtdamp._types import Criterion, SampleFn
+from rmtdamp.kronecker import (
+    Diagonal,
+    Fisher,
+    ModelFactors,
+    Sharing,
+    leaf_names,
+    make_blocks,
+)
 
 from ._hooks import Layers, choose, taped_convolution, taped_dot_general
-from ._training import loss_args
+from ._training import state_of
 
 
 def _name(path: tuple) -> str:
@@ -50,7 +54,7 @@ def _layer(path: tuple, module, leaves: dict[str, tuple]) -> dict | None:
 
 def nnx_factors(
     model: nnx.Module,
-    loss: Callable[[Any, Any], jax.Array],
+    criterion: Criterion,
     *,
     forward: Callable[[Any, Any], Any] | None = None,
     layers: Layers = None,
@@ -59,49 +63,51 @@ def nnx_factors(
     sample_fn: SampleFn | None = None,
     sharing: Sharing = "expand",
     diagonal: Diagonal = "examples",
-    terms: int = 1,
+    num_terms: int = 1,
     precision: str | None = "highest",
-) -> FactorsFn:
+) -> ModelFactors:
     """Kronecker factors of an unchanged nnx model, for `scale_by_kfac`.
 
     `nnx.Linear`, `nnx.LinearGeneral` (with it `nnx.MultiHeadAttention`) and `nnx.Conv`
     of any stride, padding, dilation and feature groups get a Kronecker block, the bias
     folded in; all else (norm scales, embeddings, bare `nnx.Param`s, layers of
-    `nnx.vmap`) a diagonal one. `rmtdamp.hessian.block_table(factors_fn.blocks)` says
+    `nnx.vmap`) a diagonal one. `rmtdamp.kronecker.block_table(factors_fn.blocks)` says
     which. Measured in evaluation mode, as `curvature_loss`.
 
     Args:
         model: only its structure is used, and it is left as it is.
-        loss: `loss(outputs, targets) -> scalar`, the mean loss.
+        criterion: `criterion(outputs, targets) -> scalar`, the mean loss.
         forward: `forward(model, inputs) -> outputs`; default `model(inputs)`. The
             batch is a pair (inputs, targets).
         layers: which layers get a Kronecker block: names or patterns such as
             "encoder/*", or a function of the name; default all.
         wrt: the variables that are trained, as for `nnx.Optimizer`.
-        fisher: "sampled", "empirical" or "ggn"; this and the rest: see `FactorsFn`.
+        fisher: "sampled", "empirical" or "ggn"; this and the rest: see `ModelFactors`.
         sample_fn: draws targets.
         sharing: "expand" or "reduce".
         diagonal: "examples" or "signs".
-        terms: independent terms per example that the loss takes the mean over.
+        num_terms: independent terms per example that the loss takes the mean over.
         precision: matmul precision.
 
     Returns:
         `factors_fn(params, batch, key, state)`, where the state is that of
-        `rmtdamp.flax.loss_args(model)`. Make it once.
+        `rmtdamp.flax.loss_args(model)`, and may be left out for a model without state.
+        Make it once.
 
     Raises:
         ValueError: `layers` matches nothing.
 
     Example:
         >>> import jax.numpy as jnp, optax
-        >>> from flax import nnx
+        >>> import jax
+    from flax import nnx
         >>> import rmtdamp, rmtdamp.flax
-        >>> from rmtdamp.hessian import block_table
+        >>> from rmtdamp.kronecker import block_table
         >>> def cross_entropy(logits, labels):
         ...     return optax.softmax_cross_entropy_with_integer_labels(
         ...         logits, labels
         ...     ).mean()
-        >>> def loss(model, batch):
+        >>> def model_loss(model, batch):
         ...     return cross_entropy(model(batch[0]), batch[1])
         >>> model = nnx.Sequential(
         ...     nnx.Linear(4, 8, rngs=nnx.Rngs(0)),
@@ -117,13 +123,13 @@ def nnx_factors(
         layers/2/scale  (8,)          diagonal
         layers/3        (8, 3), (3,)  Kronecker 9 x 3
         >>> tx = rmtdamp.auto_damping(
-        ...     rmtdamp.transforms.kfac(0.1, factors_fn),
-        ...     rmtdamp.flax.curvature_loss(model, loss),
+        ...     rmtdamp.kfac(0.1, factors_fn),
+        ...     rmtdamp.flax.curvature_loss(model, model_loss),
         ... )
         >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
         >>> @nnx.jit
         ... def step(model, optimizer, batch):
-        ...     grads = nnx.grad(loss)(model, batch)
+        ...     grads = nnx.grad(model_loss)(model, batch)
         ...     state = rmtdamp.flax.loss_args(model)
         ...     optimizer.update(model, grads, batch=batch, loss_args=state)
         >>> step(model, optimizer, (jnp.ones((16, 4)), jnp.arange(16) % 3))
@@ -132,7 +138,7 @@ def nnx_factors(
     """
     copy = nnx.merge(*nnx.split(model), copy=True)
     copy.eval()
-    graphdef, params, _ = nnx.split(copy, wrt, ...)
+    graphdef, params, rest = nnx.split(copy, wrt, ...)
     leaves = {
         name: tuple(leaf.shape)
         for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True)
@@ -145,12 +151,8 @@ def nnx_factors(
     chosen = choose(specs, layers)
 
     def model_fn(params, inputs, tape, *state):
-        if len(state) != 1:
-            raise ValueError(
-                f"nnx_factors takes the model's state, got {len(state)} further "
-                "arguments: pass loss_args=rmtdamp.flax.loss_args(model) to the update"
-            )
-        tapped = nnx.merge(graphdef, params, *state, copy=True)
+        state = state_of(rest, state, "nnx_factors")
+        tapped = nnx.merge(graphdef, params, state, copy=True)
         for path, module in nnx.iter_modules(tapped):
             name = _name(path)
             if name not in chosen:
@@ -163,50 +165,14 @@ def nnx_factors(
                 module.dot_general = taped_dot_general(tape, name, hook)
         return tapped(inputs) if forward is None else forward(tapped, inputs)
 
-    return FactorsFn(
+    return ModelFactors(
         model_fn=model_fn,
-        loss_fn=loss,
+        criterion=criterion,
         blocks=make_blocks(params, {name: specs[name] for name in sorted(chosen)}),
         fisher=fisher,
         sample_fn=sample_fn,
         sharing=sharing,
         diagonal=diagonal,
-        terms=terms,
+        num_terms=num_terms,
         precision=precision,
     )
-
-
-def refresh_factors(
-    optimizer: nnx.Optimizer,
-    factors_fn: FactorsFn,
-    model: nnx.Module,
-    batch: Batch,
-    *,
-    factor_decay: jax.typing.ArrayLike = 0.95,
-    eigen: bool = True,
-) -> None:
-    """`rmtdamp.transforms.refresh_factors` for an `nnx.Optimizer`, in place.
-
-    For convolutional networks on a CPU, with `scale_by_kfac(..., factor_every=None)`.
-
-    Args:
-        optimizer: the optimizer, with one `scale_by_kfac` in its transformation.
-        factors_fn: the one that `scale_by_kfac` was given.
-        model: the model in training.
-        batch: the training batch.
-        factor_decay: weight of the past in the averages.
-        eigen: whether to renew the eigenbases too.
-
-    Raises:
-        ValueError: none or several KFAC states in the optimizer, or a bad batch.
-    """
-    refreshed = _kfac.refresh_factors(
-        nnx.as_pure(optimizer.opt_state),
-        factors_fn,
-        nnx.as_pure(nnx.state(model, optimizer.wrt)),
-        batch,
-        loss_args=nnx.as_pure(loss_args(model)),
-        factor_decay=factor_decay,
-        eigen=eigen,
-    )
-    nnx.update(optimizer.opt_state, nnx.state(refreshed))

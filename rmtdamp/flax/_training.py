@@ -7,6 +7,7 @@ and fresh at each step; a closure would freeze it silently at its first value.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,23 +16,50 @@ import optax
 from flax import nnx
 from flax.training import train_state
 
-from rmtdamp import transforms
-from rmtdamp._types import Batch, LossFn
-from rmtdamp.transforms import DampingLearner
+import rmtdamp
+from rmtdamp._types import Batch, LossFn, Params
+from rmtdamp.transforms import Measurer
+
+
+def state_of(rest: nnx.State, given: tuple, who: str) -> Any:
+    """The state that a copy of the model is made with.
+
+    Args:
+        rest: what the model holds but for its params, as it was at construction.
+        given: the `loss_args` handed over.
+        who: asks for it, for the message.
+
+    Returns:
+        The one given; `rest` where it is empty and none was given.
+
+    Raises:
+        ValueError: there is state, and none or too much was given.
+    """
+    if len(given) == 1:
+        return given[0]
+    if not given and not jax.tree.leaves(rest):
+        return rest
+    raise ValueError(
+        f"{who} of an nnx model takes the state of the moment (batch statistics, keys) "
+        f"as one further argument, and got {len(given)}: pass "
+        "loss_args=rmtdamp.flax.loss_args(model)"
+    )
 
 
 def curvature_loss(
-    model: nnx.Module, loss: Callable[[Any, Batch], jax.Array]
+    model: nnx.Module, model_loss: Callable[[Any, Batch], jax.Array]
 ) -> LossFn:
     """The loss of an nnx model, in the form that measures curvature.
 
     Args:
         model: an nnx module; only its structure is used, and it is left as it is.
-        loss: `loss(model, batch) -> scalar`, the mean loss, as for `nnx.grad`.
+        model_loss: `model_loss(model, batch) -> scalar`, the mean loss, as for
+            `nnx.grad`.
 
     Returns:
         `loss_fn(params, batch, state)`, the loss of an evaluation-mode copy of the
-        model with the given `nnx.Param`s and other state. Make it once.
+        model with the given `nnx.Param`s and other state; without `state` for a model
+        that has no other. Make it once.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -44,15 +72,15 @@ def curvature_loss(
         ...
         ...     def __call__(self, x):
         ...         return self.dropout(self.dense(x))
-        >>> def loss(model, batch):
+        >>> def model_loss(model, batch):
         ...     return jnp.mean(model(batch) ** 2)
         >>> model = Model(nnx.Rngs(0))
-        >>> loss_fn = rmtdamp.flax.curvature_loss(model, loss)
+        >>> loss_fn = rmtdamp.flax.curvature_loss(model, model_loss)
         >>> tx = rmtdamp.auto_adam(1e-3, loss_fn)
         >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
         >>> @nnx.jit
         ... def step(model, optimizer, batch):
-        ...     grads = nnx.grad(loss)(model, batch)
+        ...     grads = nnx.grad(model_loss)(model, batch)
         ...     state = rmtdamp.flax.loss_args(model)
         ...     optimizer.update(model, grads, batch=batch, loss_args=state)
         >>> step(model, optimizer, jnp.ones((16, 4)))
@@ -61,16 +89,11 @@ def curvature_loss(
     """
     copy = nnx.merge(*nnx.split(model), copy=True)
     copy.eval()
-    graphdef, _, _ = nnx.split(copy, nnx.Param, ...)
+    graphdef, _, rest = nnx.split(copy, nnx.Param, ...)
 
-    def loss_fn(params, batch, *state):
-        if len(state) != 1:
-            raise ValueError(
-                f"a curvature_loss takes the model's state, got {len(state)} further "
-                "arguments: pass loss_args=rmtdamp.flax.loss_args(model) to the update"
-            )
-        (state,) = state
-        return loss(nnx.merge(graphdef, params, state, copy=True), batch)
+    def loss_fn(params: Params, batch: Batch, *state):
+        state = state_of(rest, state, "the curvature_loss")
+        return model_loss(nnx.merge(graphdef, params, state, copy=True), batch)
 
     return loss_fn
 
@@ -89,34 +112,35 @@ def loss_args(model: nnx.Module) -> tuple[nnx.State]:
     return (nnx.state(model, nnx.Not(nnx.Param)),)
 
 
-def refresh_damping(
+def refresh(
     optimizer: nnx.Optimizer,
-    learner: DampingLearner | LossFn,
+    measurer: Measurer,
     model: nnx.Module,
     batch: Batch,
     *,
     curvature_batch: Batch | None = None,
 ) -> None:
-    """`rmtdamp.refresh_damping` for an `nnx.Optimizer`, updated in place.
+    """`rmtdamp.refresh` for an `nnx.Optimizer`, updated in place.
 
-    For convolutional networks on a CPU and whenever the refresh is wanted outside the
-    step (`auto_damping(..., every=None)`).
+    For convolutional networks on a CPU and whenever the measurement is wanted outside
+    the step (`refresh_every=None`). The loss gets the model's state of the moment.
 
     Args:
-        optimizer: the optimizer, with one `auto_damping` in its transformation.
-        learner: a `DampingLearner` over a `curvature_loss`, or that loss. Make it once.
+        optimizer: the optimizer, with one transformation that uses the measurer.
+        measurer: the one that the transformation was given: a `DampingLearner` over a
+            `curvature_loss`, a `KroneckerMeasurer` of `nnx_factors`, a `RitzMeasurer`.
         model: the model in training.
         batch: the training batch.
         curvature_batch: another sample to measure on.
 
     Raises:
-        ValueError: none or several `auto_damping` in the optimizer, or a bad batch.
-        TypeError: a loss that is not a scalar.
+        ValueError: none or several such states in the optimizer, or a bad batch.
+        TypeError: `measurer` is none, a loss that is not a scalar.
     """
-    refreshed = transforms.refresh_damping(
+    refreshed = rmtdamp.refresh(
         nnx.as_pure(optimizer.opt_state),
-        learner,
-        nnx.as_pure(nnx.state(model, nnx.Param)),
+        measurer,
+        nnx.as_pure(nnx.state(model, optimizer.wrt)),
         batch,
         loss_args=nnx.as_pure(loss_args(model)),
         curvature_batch=curvature_batch,
@@ -161,10 +185,18 @@ class TrainState(train_state.TrainState):
         Returns:
             The state after the step.
         """
-        tx = optax.with_extra_args_support(self.tx)
         # The step itself, fp8 scales that are overwritten and all, stays Flax's: it is
         # handed a transformation that knows the extra arguments.
-        update = functools.partial(tx.update, **(extra_args or {}))
-        bound = self.replace(tx=optax.GradientTransformation(tx.init, update))
+        update = functools.partial(_update_of(self.tx), **(extra_args or {}))
+        bound = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
         after = train_state.TrainState.apply_gradients(bound, grads=grads, **kwargs)
         return after.replace(tx=self.tx)
+
+
+def _update_of(tx) -> Callable:
+    """The update of a transformation; it takes extra arguments, used or not."""
+    # What optax.MultiSteps makes is no GradientTransformationExtraArgs, and takes them.
+    kinds = {p.kind for p in inspect.signature(tx.update).parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD in kinds:
+        return tx.update
+    return optax.with_extra_args_support(tx).update

@@ -1,51 +1,55 @@
 """How every algorithm here applies a matvec, and how matvecs are put together.
 
 A matvec is a function v -> A v on pytrees like params. Algorithms hold their vectors
-in float32 or wider; a product is made in the dtypes of params and widened again. A
-`jax.tree_util.Partial` (what our own matvecs are) is an argument of the compiled
-product, so new data does not compile anew; a plain function is compiled once per
-object. A `HostMatvec` drives compiled calls of its own, one per batch of a data set,
-and is left to do so.
+packed (`rmtdamp._basis`), in float32 or wider; a product is made on pytrees in the
+dtypes of params and packed again, all in one compiled program that every algorithm
+shares. A `jax.tree_util.Partial` (what our own matvecs are) is an argument of it, so
+new data does not compile anew; a plain function is compiled once per object. What is
+made of other matvecs (a sum, a block) has no program of its own where it is applied
+eagerly: its parts' programs are called in turn. A `HostMatvec` drives compiled calls of
+its own, one per batch of a data set.
 """
 
 import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
+import numpy as np
 
-from rmtdamp._tree import accumulation_dtype, aligned, check_params, num_examples
+from rmtdamp._basis import pack, unpack
+from rmtdamp._jax import is_traced
+from rmtdamp._tree import aligned, check_params, num_examples
 from rmtdamp._types import Batch, LossFn, Matvec, Params
 
 from ._products import hvp
 
 
-def is_traced(*trees) -> bool:
-    """Whether any leaf is being traced."""
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees))
+def _narrow(vector, like):
+    return aligned(unpack(vector, like), like)
 
 
-def widened(tree: Params) -> Params:
-    """`tree` in its accumulation dtype."""
-    dtype = accumulation_dtype(tree)
-    return jax.tree.map(lambda x: x.astype(dtype), tree)
+def _widen(found, like):
+    return pack(aligned(found, like))
 
 
-def _narrow_and_widen(matvec, like, vector):
-    found = aligned(matvec(aligned(vector, like)), like)
-    return jax.tree.map(lambda y, x: y.astype(x.dtype), found, vector)
+@jax.jit
+def _multiply(matvec, like, vector):
+    return _widen(matvec(_narrow(vector, like)), like)
 
 
-_compiled = jax.jit(_narrow_and_widen)
+_narrow_jitted, _widen_jitted = jax.jit(_narrow), jax.jit(_widen)
 
 
-def product(matvec: Matvec, like: Params, vector: Params) -> Params:
-    """A v, made in the dtypes of `like`, returned in those of `vector`."""
+def multiply(matvec: Matvec, like: Params, vector: list) -> list:
+    """A v for a packed v, made in the dtypes of `like`."""
     if isinstance(matvec, HostMatvec):
-        return _narrow_and_widen(matvec, like, vector)
-    return _compiled(_as_partial(matvec), like, vector)
+        return _widen_jitted(matvec(_narrow_jitted(vector, like)), like)
+    if isinstance(matvec, _Sum | _Block):
+        return matvec.multiply(like, vector)
+    return _multiply(as_argument(matvec), like, vector)
 
 
 class HostMatvec:
@@ -64,42 +68,90 @@ class HostMatvec:
         return self._function(vector)
 
 
-def composed(function: Callable[..., Params], matvecs: tuple, *arrays) -> Matvec:
-    """A matvec out of others: v -> function(*matvecs, *arrays, v)."""
-    # Compiled by who uses it, or run in Python where a part of it must be.
-    if any(isinstance(matvec, HostMatvec) for matvec in matvecs):
-        return HostMatvec(functools.partial(function, *matvecs, *arrays))
-    return jax.tree_util.Partial(function, *map(_as_partial, matvecs), *arrays)
-
-
-def _as_partial(matvec: Matvec) -> jax.tree_util.Partial:
+def as_argument(matvec: Matvec) -> Matvec:
     """A matvec that may be an argument of a compiled function."""
-    if isinstance(matvec, jax.tree_util.Partial):
+    if isinstance(matvec, jax.tree_util.Partial | HostMatvec | _Sum | _Block):
         return matvec
     return jax.tree_util.Partial(matvec)
 
 
+@jax.jit
+def _weighted(factors, vectors):
+    terms = [
+        jax.tree.map(lambda x, i=i: factors[i].astype(x.dtype) * x, vector)
+        for i, vector in enumerate(vectors)
+    ]
+    return jax.tree.map(lambda *xs: functools.reduce(jnp.add, xs), *terms)
+
+
+class _Sum(NamedTuple):
+    """The matvec of sum_i c_i A_i."""
+
+    factors: Any  # (n,), c_i
+    matvecs: tuple
+
+    def __call__(self, vector: Params) -> Params:
+        return _weighted(self.factors, [matvec(vector) for matvec in self.matvecs])
+
+    def multiply(self, like, vector):
+        found = [multiply(matvec, like, vector) for matvec in self.matvecs]
+        return _weighted(self.factors, found)
+
+
+def sum_matvec(matvecs: Sequence[Matvec], factors: Sequence[float]) -> Matvec:
+    """A weighted sum of matrices, v -> sum_i c_i A_i v.
+
+    Args:
+        matvecs: products with the A_i, such as those of two halves of a batch.
+        factors: the c_i, a number for each.
+
+    Returns:
+        A matvec: eager where one of the parts is, else a pytree that may be handed to
+        compiled code. Algorithms that are called eagerly call the parts in turn, so
+        that products of equal shapes share one compiled program.
+
+    Raises:
+        ValueError: no matrix, or another number of factors.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.hessian import sum_matvec
+        >>> mean = sum_matvec([lambda v: 3 * v, lambda v: 5 * v], [0.5, 0.5])
+        >>> print(mean(jnp.ones(2)))
+        [4. 4.]
+    """
+    if not matvecs or len(matvecs) != len(factors):
+        raise ValueError(
+            f"there are {len(matvecs)} matvecs and {len(factors)} factors: hand over "
+            "one factor for each, and at least one"
+        )
+    return _Sum(np.asarray(factors, float), tuple(map(as_argument, matvecs)))
+
+
 def _pass_over(batches, product, wrap, vector):
     """sum_i (n_i / N) product(batch_i, v), one pass over the data."""
-    dtype = accumulation_dtype(vector)
-    total = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), dtype), vector)
-    seen = 0
+    total, seen = None, 0
     for batch in wrap(batches):
         count = num_examples(batch)
-        total = _add(total, product(batch, vector), count)
+        total = _add(total, product(batch, vector), np.float64(count))
         seen += count
     if seen == 0:
         raise ValueError(
             "batches gave no batch on this pass: hand over something that can be "
             "read again and again, such as a list or a loader, not a generator"
         )
-    return jax.tree.map(lambda t, x: (t / seen).astype(x.dtype), total, vector)
+    return _share(total, np.float64(seen), vector)
 
 
 @jax.jit
 def _add(total, product, count):
-    weight = lambda t: jnp.asarray(count).astype(t.dtype)
-    return jax.tree.map(lambda t, y: t + weight(t) * y.astype(t.dtype), total, product)
+    term = [count.astype(y.dtype) * y for y in pack(product)]
+    return term if total is None else jax.tree.map(jnp.add, total, term)
+
+
+@jax.jit
+def _share(total, seen, vector):
+    return aligned(unpack([t / seen.astype(t.dtype) for t in total], vector), vector)
 
 
 def dataset_matvec(
@@ -206,11 +258,41 @@ def restrict(
         raise ValueError(
             f"no path of params matches {select!r}: choose from {', '.join(paths[:8])}"
         )
-    return composed(_block_product, (matvec,), params), part
+    return _Block(as_argument(matvec), params), part
 
 
-def _block_product(matvec, params, vector):
+def _filled(vector, params):
     # A leaf left out is None, an empty subtree: tree.map hands it over as it is.
     fill = lambda p, v: jnp.zeros_like(p) if v is None else v
-    whole = matvec(jax.tree.map(fill, params, vector))
-    return jax.tree.map(lambda y, v: None if v is None else y, whole, vector)
+    return jax.tree.map(fill, params, vector)
+
+
+def _selected(found, params, vector):
+    keep = lambda p, v, y: None if v is None else y
+    return jax.tree.map(keep, params, vector, found)
+
+
+class _Block(NamedTuple):
+    """The matvec of a diagonal block: a vector is None where a leaf is left out."""
+
+    matvec: Any
+    params: Params
+
+    def __call__(self, vector: Params) -> Params:
+        whole = self.matvec(_filled(vector, self.params))
+        return _selected(whole, self.params, vector)
+
+    def multiply(self, like, vector):
+        whole = _filled_packed(self.params, like, vector)
+        found = multiply(self.matvec, self.params, whole)
+        return _selected_packed(self.params, like, found)
+
+
+@jax.jit
+def _filled_packed(params, like, vector):
+    return pack(_filled(unpack(vector, like), params))
+
+
+@jax.jit
+def _selected_packed(params, like, found):
+    return _widen(_selected(unpack(found, params), params, like), like)

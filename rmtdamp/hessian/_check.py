@@ -1,12 +1,17 @@
 """Is this loss the mean over independent examples that a variance needs?"""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from rmtdamp._checks import check_scalar
 from rmtdamp._tree import check_params, num_examples
 from rmtdamp._types import Batch, LossFn, Params
 
-from ._products import check_scalar
+# One program for the rows of each number, wherever they stand.
+_rows = jax.jit(lambda batch, places: jax.tree.map(lambda x: x[places], batch))
 
 
 def check_loss(
@@ -60,11 +65,11 @@ def check_loss(
         raise ValueError(f"check_loss compares halves, and batch holds {count} example")
     check_scalar(loss_fn, params, batch, loss_args)
     half = count // 2
-    rows = lambda part: jax.tree.map(lambda x: jnp.asarray(x)[part], batch)
-    loss = lambda part: float(loss_fn(params, rows(part), *loss_args))
+    places = np.arange(count, dtype=np.int32)
+    loss = lambda part: float(loss_fn(params, _rows(batch, places[part]), *loss_args))
 
     whole = loss(slice(0, 2 * half))
-    if not jnp.isfinite(whole):
+    if not math.isfinite(whole):
         raise ValueError(
             f"loss_fn gives {whole} on this batch: a curvature measured here would not "
             "be finite; check the data and the learning rate"

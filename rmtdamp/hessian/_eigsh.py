@@ -5,8 +5,8 @@ its wanted Ritz vectors are kept, and it is built up again from them (Wu and Sim
 memory is that of one basis however many products are spent. The projected matrix is
 taken from the projections themselves, which covers the arrow that a restart leaves.
 
-When the Krylov space is exhausted the next vector is a random one orthogonal to the
-basis, so that multiple eigenvalues come out as often as they occur.
+When the Krylov space is exhausted the next vector is made of a random one, orthogonal
+to the basis, so that multiple eigenvalues come out as often as they occur.
 """
 
 import functools
@@ -14,85 +14,114 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from rmtdamp._tree import check_params, norm, random_like, scale, size
+from rmtdamp._basis import (
+    BREAKDOWN,
+    combine,
+    draw,
+    magnitude,
+    orthogonalise,
+    store,
+    unpack,
+    zeros,
+)
+from rmtdamp._jax import is_traced
+from rmtdamp._tree import check_params, norm, scale, size
 from rmtdamp._types import Key, Matvec, Params
 
-from ._apply import is_traced, product, widened
-from ._lanczos import (
-    BREAKDOWN,
-    EigenPairs,
-    Which,
-    check_which,
-    combine,
-    project,
-    wanted_first,
-)
+from ._apply import multiply
+from ._lanczos import EigenPairs, Which, check_which, wanted_first
 
 
 class _Carry(NamedTuple):
-    basis: Params  # leading axis basis_size + 1
+    basis: list  # leading axis basis_size + 1
     matrix: jax.Array  # (basis_size, basis_size), upper triangle of Q^T A Q
     beta: jax.Array  # (), norm of what the last step left
 
 
-def _orthogonal(basis, vector):
-    """`vector` less its part in the basis, in two passes, and the projections."""
-    first = project(basis, vector)
-    vector = jax.tree.map(jnp.subtract, vector, combine(first, basis))
-    second = project(basis, vector)
-    vector = jax.tree.map(jnp.subtract, vector, combine(second, basis))
-    return vector, first + second
+@functools.partial(jax.jit, static_argnames="m")
+def _begin(start, m: int) -> tuple[_Carry, list]:
+    length = norm(start)
+    start = scale(1 / length, start)
+    basis = store(zeros(start, m + 1), 0, start)
+    matrix = jnp.zeros((m, m), length.dtype)
+    return _Carry(basis, matrix, jnp.zeros_like(length)), start
 
 
-_row = jax.jit(lambda basis, j: jax.tree.map(lambda q: q[j], basis))
+class _Attempt(NamedTuple):
+    tries: jax.Array  # (), 1 where the product was taken, more for a random vector
+    rest: list  # what it has beside the basis
+    length: jax.Array  # (), of the rest
+    alive: jax.Array  # (), whether that is more than rounding
+    column: jax.Array  # (basis_size + 1,), the product's part along the basis
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _step(carry: _Carry, product: Params, j, key) -> _Carry:
-    basis = carry.basis
-    length = norm(product)
-    rest, projections = _orthogonal(basis, product)
-    beta = norm(rest)
-    alive = beta > BREAKDOWN * jnp.finfo(beta.dtype).eps * length
+def _step(carry: _Carry, product, spare, j, number) -> tuple[_Carry, list]:
+    """Column j of the matrix, and the next vector, from A q_j."""
+    unit = magnitude(product)
+    product = scale(1 / unit, product)
+    # Shifts of a random vector are as good as new ones. One may have been used before.
+    shift = lambda x, n: jnp.roll(x, number + n, axis=int(np.argmax(x.shape)))
 
-    def restart():
-        draw = random_like(key, jax.tree.map(lambda q: q[0], basis), jax.random.normal)
-        return _orthogonal(basis, draw)[0]
+    def attempt(last: _Attempt) -> _Attempt:
+        first = last.tries == 0
+        choose = lambda y, x: jnp.where(first, y, shift(x, last.tries))
+        rest, along = orthogonalise(carry.basis, jax.tree.map(choose, product, spare))
+        length = norm(rest)
+        whole = jnp.hypot(jnp.linalg.norm(along), length)
+        return _Attempt(
+            tries=last.tries + 1,
+            rest=rest,
+            length=length,
+            alive=length > BREAKDOWN * jnp.finfo(length.dtype).eps * whole,
+            column=jnp.where(first, along, last.column),
+        )
 
-    rest = jax.lax.cond(alive, lambda: rest, restart)
-    following = scale(1 / norm(rest), rest)
+    # A loop, lest the work on the basis be compiled twice.
+    column = jnp.zeros(len(carry.matrix) + 1, unit.dtype)
+    found = _Attempt(jnp.int32(0), product, unit, jnp.bool(False), column)
+    again = lambda x: ~x.alive & (x.tries < 4)
+    found = jax.lax.while_loop(again, attempt, found)
+    following = scale(1 / found.length, found.rest)
     return _Carry(
-        basis=jax.tree.map(lambda q, x: q.at[j + 1].set(x), basis, following),
-        matrix=carry.matrix.at[:, j].set(projections[:-1]),
-        beta=jnp.where(alive, beta, 0),
-    )
+        basis=store(carry.basis, j + 1, following),
+        matrix=carry.matrix.at[:, j].set(unit * found.column[:-1]),
+        beta=jnp.where(found.tries == 1, unit * found.length, 0),
+    ), following
 
 
-@functools.partial(jax.jit, static_argnames=("which",))
-def _ritz(matrix, beta, which: Which):
+def _ritz(carry: _Carry, which: Which):
     """Ritz values and coefficient rows, the wanted ones first, and their residuals."""
+    # On the host, which has to look anyway, and in float64: nothing to compile.
+    matrix = np.asarray(carry.matrix, np.float64)
+    if not np.all(np.isfinite(matrix)):
+        nothing = np.full_like(matrix, np.nan)
+        return nothing[0], nothing, nothing[0]
+    eps = float(jnp.finfo(carry.matrix.dtype).eps)
     # Column j was made when only the basis up to j stood: its lower part is missing.
-    values, vectors = jnp.linalg.eigh(jnp.triu(matrix) + jnp.triu(matrix, 1).T)
+    values, vectors = np.linalg.eigh(np.triu(matrix) + np.triu(matrix, 1).T)
     order = wanted_first(values, which)
     values, rows = values[order], vectors.T[order]
     # What rounding alone leaves; the recursion's own figure can fall below it.
-    floor = jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
-    return values, rows, jnp.maximum(beta * jnp.abs(rows[:, -1]), floor)
+    floor = eps * np.max(np.abs(values))
+    return values, rows, np.maximum(float(carry.beta) * np.abs(rows[:, -1]), floor)
 
 
-@functools.partial(jax.jit, static_argnames="keep", donate_argnums=0)
-def _restart(carry: _Carry, values, rows, keep: int) -> _Carry:
-    """The first `keep` Ritz vectors, then the vector that the last step left."""
+@functools.partial(jax.jit, donate_argnums=0)
+def _restart(carry: _Carry, coefficients, values, keep) -> tuple[_Carry, list]:
+    """The kept Ritz vectors, then the vector that the last step left."""
+    basis = combine(coefficients, carry.basis)
+    last = jax.tree.map(lambda q: q[-1], carry.basis)
+    matrix = jnp.diag(values)
+    return _Carry(store(basis, keep, last), matrix, carry.beta), last
 
-    def leaf(q):
-        kept = jnp.tensordot(rows[:keep], q[:-1], axes=1, precision="highest")
-        empty = jnp.zeros_like(q).at[:keep].set(kept)
-        return empty.at[keep].set(q[-1])
 
-    index = jnp.arange(keep)
-    matrix = jnp.zeros_like(carry.matrix).at[index, index].set(values[:keep])
-    return carry._replace(basis=jax.tree.map(leaf, carry.basis), matrix=matrix)
+@jax.jit
+def _ritz_vectors(rows, basis, like: Params) -> Params:
+    vectors = combine(rows, jax.tree.map(lambda q: q[:-1], basis))
+    return unpack(vectors, like)
 
 
 def eigsh(
@@ -169,31 +198,31 @@ def eigsh(
             "eigsh decides by its residuals when to stop, so it cannot be traced: call "
             "it outside jit, or take lanczos, which can"
         )
-    start_key = jax.random.fold_in(key, 0)
-    start = widened(random_like(start_key, like, jax.random.normal))
-    start = scale(1 / norm(start), start)
-    dtype = norm(start).dtype
+    start = draw(key, like, jax.random.normal)
+    carry, vector = _begin(start, m)
+    dtype = carry.matrix.dtype
     relative = (1e-4 if dtype == jnp.float32 else 1e-8) if tol is None else tol
-    carry = _Carry(
-        basis=jax.tree.map(
-            lambda x: jnp.zeros((m + 1, *x.shape), x.dtype).at[0].set(x), start
-        ),
-        matrix=jnp.zeros((m, m), dtype),
-        beta=jnp.zeros((), dtype),
-    )
     spent, first = 0, 0
     while True:
         for j in range(first, m):
-            index = jnp.int32(j)
-            found = product(matvec, like, _row(carry.basis, index))
-            carry = _step(carry, found, index, jax.random.fold_in(key, spent + 1))
+            found = multiply(matvec, like, vector)
             spent += 1
-        values, rows, residuals = _ritz(carry.matrix, carry.beta, which)
-        done = bool(jnp.all(residuals[:k] <= relative * jnp.max(jnp.abs(values))))
+            carry, vector = _step(carry, found, start, np.int32(j), np.int32(spent))
+        values, rows, residuals = _ritz(carry, which)
+        # What is not finite will not get any better either.
+        done = not np.any(residuals[:k] > relative * np.max(np.abs(values)))
         # The kept vectors: the wanted ones and, to speed them up, the next half.
         first = min(k + (m - k) // 2, m - 1)
         if done or spent + m - first > budget:
             break
-        carry = _restart(carry, values, rows, first)
-    vectors = combine(rows[:k], jax.tree.map(lambda q: q[:-1], carry.basis))
-    return EigenPairs(values[:k], vectors, residuals[:k], spent)
+        # One program, however many are kept.
+        coefficients = np.zeros((m + 1, m + 1), dtype)
+        coefficients[:first, :-1] = rows[:first]
+        kept = np.where(np.arange(m) < first, values, 0).astype(dtype)
+        carry, vector = _restart(carry, coefficients, kept, np.int32(first))
+    return EigenPairs(
+        jnp.asarray(values[:k], dtype),
+        _ritz_vectors(rows[:k].astype(dtype), carry.basis, like),
+        jnp.asarray(residuals[:k], dtype),
+        spent,
+    )

@@ -2,11 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from rmtdamp._tree import check_params, random_like, vdot
+from rmtdamp._basis import draw, magnitude
+from rmtdamp._jax import is_traced
+from rmtdamp._tree import check_params, norm, scale
 from rmtdamp._types import Key, Matvec, Params
 
-from ._apply import is_traced, product, widened
+from ._apply import multiply
 from ._trace import Estimate
 
 
@@ -53,20 +56,33 @@ def frobenius_norm(
     if num_probes < 1:
         raise ValueError(f"num_probes is {num_probes}, and at least 1 is needed")
 
-    def squared_length(i):
-        probe_key = jax.random.fold_in(key, i)
-        probe = random_like(probe_key, widened(like), jax.random.rademacher)
-        found = product(matvec, like, probe)
-        return vdot(found, found)
-
+    length = lambda i: _length(multiply(matvec, like, _probe(key, i, like)))
     if is_traced(matvec, like, key):
-        squares = jax.lax.map(squared_length, jnp.arange(num_probes))
+        lengths = jax.lax.map(length, jnp.arange(num_probes))
     else:
-        squares = jnp.stack([squared_length(i) for i in range(num_probes)])
+        lengths = jnp.stack([length(np.int32(i)) for i in range(num_probes)])
+    return _estimate(lengths)
+
+
+@jax.jit
+def _probe(key, i, like):
+    return draw(jax.random.fold_in(key, i), like, jax.random.rademacher)
+
+
+@jax.jit
+def _length(vector):
+    unit = magnitude(vector)
+    return unit * norm(scale(1 / unit, vector))
+
+
+@jax.jit
+def _estimate(lengths) -> Estimate:
+    unit, count = magnitude(lengths), len(lengths)
+    squares = (lengths / unit) ** 2
     value = jnp.sqrt(jnp.mean(squares))
-    if num_probes == 1:
-        return Estimate(value, jnp.full_like(value, jnp.nan))
-    spread = jnp.std(squares, ddof=1) / num_probes**0.5
+    if count == 1:
+        return Estimate(unit * value, jnp.full_like(value, jnp.nan))
+    spread = jnp.std(squares, ddof=1) / count**0.5
     positive = value > 0
     stderr = jnp.where(positive, spread / (2 * jnp.where(positive, value, 1)), 0)
-    return Estimate(value, stderr)
+    return Estimate(unit * value, unit * stderr)

@@ -11,18 +11,14 @@ and one back.
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from rmtdamp._tree import aligned, check_params, num_examples
-from rmtdamp._types import Batch, Key, LossFn, Matvec, Params
-
-from ._products import check_scalar, matmul_precision
-
-ModelFn = Callable[..., Params]  # model_fn(params, inputs, *loss_args) -> outputs
-SampleFn = Callable[[Key, Params], Params]  # sample_fn(key, outputs) -> targets
+from rmtdamp._checks import check_outputs, check_scalar, pair
+from rmtdamp._jax import matmul_precision
+from rmtdamp._tree import aligned, check_params
+from rmtdamp._types import Batch, Criterion, Key, Matvec, ModelFn, Params, SampleFn
 
 
 @functools.partial(jax.jit, static_argnames=("model_fn", "precision"))
@@ -31,14 +27,14 @@ def _linearize_model(model_fn, params, inputs, loss_args, precision):
         return jax.linearize(lambda p: model_fn(p, inputs, *loss_args), params)
 
 
-@functools.partial(jax.jit, static_argnames="loss_fn")
-def _loss_hessian(loss_fn, outputs, targets):
-    return jax.linearize(lambda z: jax.grad(loss_fn)(z, targets), outputs)[1]
+@functools.partial(jax.jit, static_argnames="criterion")
+def _loss_hessian(criterion, outputs, targets):
+    return jax.linearize(lambda z: jax.grad(criterion)(z, targets), outputs)[1]
 
 
-@functools.partial(jax.jit, static_argnames="loss_fn")
-def _loss_gradient(loss_fn, outputs, targets):
-    return jax.grad(loss_fn)(outputs, targets)
+@functools.partial(jax.jit, static_argnames="criterion")
+def _loss_gradient(criterion, outputs, targets):
+    return jax.grad(criterion)(outputs, targets)
 
 
 @jax.jit
@@ -60,29 +56,9 @@ def _outer(gradient, tangent):
     return jax.tree.map(spread, gradient)
 
 
-def _check_outputs(outputs: Params, inputs: Batch) -> None:
-    count = num_examples(inputs, "inputs")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(outputs):
-        if leaf.ndim == 0 or leaf.shape[0] != count:
-            raise ValueError(
-                f"model_fn's output{jax.tree_util.keystr(path)} has shape {leaf.shape} "
-                f"for {count} inputs: outputs need one row per example"
-            )
-
-
-def _pair(batch: Batch) -> tuple:
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise ValueError(
-            f"batch is a {type(batch).__name__}, and must be a pair (inputs, targets): "
-            "the model sees the first and the loss the second"
-        )
-    num_examples(batch)
-    return tuple(batch)
-
-
 def ggn_matvec(
     model_fn: ModelFn,
-    loss_fn: LossFn,
+    criterion: Criterion,
     params: Params,
     batch: Batch,
     *,
@@ -101,7 +77,7 @@ def ggn_matvec(
     Args:
         model_fn: `model_fn(params, inputs, *loss_args) -> outputs`; static, so define
             it once.
-        loss_fn: `loss_fn(outputs, targets) -> scalar`, the mean loss; static.
+        criterion: `criterion(outputs, targets) -> scalar`, the mean loss; static.
         params: pytree of real floating arrays, the point.
         batch: a pair (inputs, targets) of pytrees with one leading axis.
         loss_args: further arguments of the model (batch statistics, keys), traced.
@@ -119,10 +95,10 @@ def ggn_matvec(
         >>> from rmtdamp.hessian import ggn_matvec
         >>> def model_fn(params, inputs):
         ...     return inputs @ params
-        >>> def loss_fn(outputs, targets):
+        >>> def criterion(outputs, targets):
         ...     return jnp.mean((outputs - targets) ** 2)
         >>> batch = jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.zeros(2)
-        >>> matvec = ggn_matvec(model_fn, loss_fn, jnp.zeros(2), batch)
+        >>> matvec = ggn_matvec(model_fn, criterion, jnp.zeros(2), batch)
         >>> print(matvec(jnp.ones(2)))
         [1. 4.]
 
@@ -132,16 +108,16 @@ def ggn_matvec(
         method, 2014, section 8.
     """
     check_params(params)
-    inputs, targets = _pair(batch)
+    inputs, targets = pair(batch)
     outputs, model = _linearize_model(model_fn, params, inputs, loss_args, precision)
-    check_scalar(loss_fn, outputs, targets, ())
-    middle = _loss_hessian(loss_fn, outputs, targets)
+    check_scalar(criterion, outputs, targets, ())
+    middle = _loss_hessian(criterion, outputs, targets)
     return jax.tree_util.Partial(_sandwich, model, middle, params)
 
 
 def fisher_matvec(
     model_fn: ModelFn,
-    loss_fn: LossFn,
+    criterion: Criterion,
     params: Params,
     batch: Batch,
     key: Key | None = None,
@@ -164,7 +140,7 @@ def fisher_matvec(
     Args:
         model_fn: `model_fn(params, inputs, *loss_args) -> outputs`, one row per
             example; static, so define it once.
-        loss_fn: `loss_fn(outputs, targets) -> scalar`, the mean of the examples'
+        criterion: `criterion(outputs, targets) -> scalar`, the mean of the examples'
             losses; static.
         params: pytree of real floating arrays, the point.
         batch: a pair (inputs, targets) of pytrees with one leading axis.
@@ -187,13 +163,13 @@ def fisher_matvec(
         >>> from rmtdamp.hessian import fisher_matvec
         >>> def model_fn(params, inputs):
         ...     return inputs @ params
-        >>> def loss_fn(logits, labels):
+        >>> def criterion(logits, labels):
         ...     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         ...     return losses.mean()
         >>> params, batch = jnp.zeros((2, 3)), (jnp.eye(2), jnp.array([0, 1]))
         >>> sampled = fisher_matvec(
         ...     model_fn,
-        ...     loss_fn,
+        ...     criterion,
         ...     params,
         ...     batch,
         ...     jax.random.key(0),
@@ -208,16 +184,16 @@ def fisher_matvec(
         Fisher approximation, 2019.
     """
     check_params(params)
-    inputs, targets = _pair(batch)
+    inputs, targets = pair(batch)
     if (key is None) != (sample_fn is None):
         raise ValueError(
             "key and sample_fn go together: both for the Fisher matrix with sampled "
             "targets, neither for the empirical Fisher"
         )
     outputs, model = _linearize_model(model_fn, params, inputs, loss_args, precision)
-    _check_outputs(outputs, inputs)
+    check_outputs(outputs, inputs)
     if sample_fn is not None and key is not None:
         targets = sample_fn(key, outputs)
-    check_scalar(loss_fn, outputs, targets, ())
-    middle = jax.tree_util.Partial(_outer, _loss_gradient(loss_fn, outputs, targets))
+    check_scalar(criterion, outputs, targets, ())
+    middle = jax.tree_util.Partial(_outer, _loss_gradient(criterion, outputs, targets))
     return jax.tree_util.Partial(_sandwich, model, middle, params)

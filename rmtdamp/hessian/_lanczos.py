@@ -12,29 +12,32 @@ alpha and beta are zero: shapes stay, no step is wrong, and no host has to look.
 """
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from rmtdamp._tree import (
-    aligned,
-    check_params,
-    norm,
-    random_like,
-    scale,
-    size,
-    vdot,
+from rmtdamp._basis import (
+    BREAKDOWN,
+    combine as combine,
+    magnitude,
+    orthogonalise,
+    pack,
+    project as project,
+    store,
+    unpack,
+    zeros,
 )
+from rmtdamp._jax import is_traced
+from rmtdamp._tree import aligned, check_params, norm, random_like, scale, size, vdot
 from rmtdamp._types import Key, Matvec, Params
 
-from ._apply import is_traced, product, widened
+from ._apply import multiply
 
 Reorthogonalization = Literal["none", "full", "twice"]
 Which = Literal["LA", "SA", "LM"]
 _PASSES = {"none": 0, "full": 1, "twice": 2}
-# Products are sums of many rounded terms, so their error is tens of epsilons.
-BREAKDOWN = 64
 
 
 class EigenPairs(NamedTuple):
@@ -44,6 +47,18 @@ class EigenPairs(NamedTuple):
     eigenvectors: Params  # leading axis k, x of unit norm
     residuals: jax.Array  # (k,), ||A x - theta x||: an eigenvalue lies this near
     num_products: int  # products spent
+
+    def leading(self, k: int, which: Which = "LA") -> "EigenPairs":
+        """The first k of these pairs, ordered as in `eigsh`. Eager."""
+        check_which(which)
+        order = wanted_first(np.asarray(self.eigenvalues), which)[:k]
+        return _take(self, order)._replace(num_products=self.num_products)
+
+
+@jax.jit
+def _take(pairs: EigenPairs, order) -> EigenPairs:
+    kept = jax.tree.map(lambda x: x[order], pairs._replace(num_products=None))
+    return kept._replace(num_products=0)
 
 
 def check_which(which: str) -> None:
@@ -56,9 +71,9 @@ def check_which(which: str) -> None:
         raise ValueError(f"which is {which!r}: choose from LA, SA, LM")
 
 
-def wanted_first(values: jax.Array, which: Which) -> jax.Array:
+def wanted_first(values: Any, which: Which) -> Any:
     """The order that puts the largest, smallest or largest in magnitude first."""
-    return jnp.argsort({"LA": -values, "SA": values, "LM": -jnp.abs(values)}[which])
+    return {"LA": -values, "SA": values, "LM": -abs(values)}[which].argsort()
 
 
 class Tridiagonal(NamedTuple):
@@ -84,8 +99,7 @@ class Tridiagonal(NamedTuple):
             and sum to 1. After breakdown the last Ritz value is repeated, with share 0:
             no value appears that is not one.
         """
-        values, vectors = self._decomposed()
-        return values, vectors[0] ** 2
+        return ritz(self.diagonal, self.off_diagonal, self.num_steps)
 
     def eigenpairs(self, k: int, which: Which = "LA") -> EigenPairs:
         """Ritz pairs, each with its residual |beta_last s_last|.
@@ -115,29 +129,41 @@ class Tridiagonal(NamedTuple):
                 "the decomposition has no basis, so it has no Ritz vectors: pass "
                 "keep_basis=True to lanczos"
             )
-        values, vectors = self._decomposed()
-        exists = jnp.any(vectors != 0, axis=0)
-        # Padding stands last, whatever its value repeats.
-        order = wanted_first(values, which)
-        order = order[jnp.argsort(~exists[order], stable=True)][:k]
-        rows, exists = vectors.T[order], exists[order]
-        last = jnp.take(rows, self.num_steps - 1, axis=1)
-        residuals = jnp.where(exists, jnp.abs(self.residual_norm * last), jnp.inf)
-        return EigenPairs(
-            values[order], combine(rows, self.basis), residuals, num_steps
-        )
+        return _eigenpairs(self, k, which)._replace(num_products=num_steps)
 
-    def _decomposed(self) -> tuple[jax.Array, jax.Array]:
-        """Eigenvalues of T, ascending, and its eigenvectors as columns."""
-        steps = jnp.arange(self.diagonal.shape[0], dtype=jnp.int32)
-        valid = steps < self.num_steps
-        # Above every Ritz value (Gershgorin), so that the padding sorts to the end.
-        above = 1 + 2 * jnp.max(jnp.abs(self.diagonal))
-        above = above + 4 * jnp.max(self.off_diagonal, initial=0)
-        padding = jnp.diag(jnp.where(valid, 0, above))
-        values, vectors = jnp.linalg.eigh(self.matrix() + padding)
-        values = jnp.where(valid, values, values[self.num_steps - 1])
-        return values, jnp.where(valid[None], vectors, 0)
+
+def _decomposed(diagonal, off_diagonal, num_steps):
+    """Eigenvalues of T, ascending, and its eigenvectors as columns."""
+    # At a scale of one, for eigensolvers that square, and so that the padding can lie
+    # above every Ritz value (3 by Gershgorin) and not far, and sorts to the end.
+    unit = magnitude((diagonal, off_diagonal))
+    steps = jnp.arange(diagonal.shape[0], dtype=jnp.int32)
+    valid = steps < num_steps
+    off = off_diagonal / unit
+    matrix = jnp.diag(jnp.where(valid, diagonal / unit, 4))
+    values, vectors = jnp.linalg.eigh(matrix + jnp.diag(off, 1) + jnp.diag(off, -1))
+    values = unit * jnp.where(valid, values, values[num_steps - 1])
+    return values, jnp.where(valid[None], vectors, 0)
+
+
+@jax.jit
+def ritz(diagonal, off_diagonal, num_steps) -> tuple[jax.Array, jax.Array]:
+    """Ritz values and shares, as `Tridiagonal.ritz` says."""
+    values, vectors = _decomposed(diagonal, off_diagonal, num_steps)
+    return values, vectors[0] ** 2
+
+
+@functools.partial(jax.jit, static_argnames=("k", "which"))
+def _eigenpairs(found: Tridiagonal, k: int, which: Which) -> EigenPairs:
+    values, vectors = _decomposed(found.diagonal, found.off_diagonal, found.num_steps)
+    exists = jnp.any(vectors != 0, axis=0)
+    # Padding stands last, whatever its value repeats.
+    order = wanted_first(values, which)
+    order = order[jnp.argsort(~exists[order], stable=True)][:k]
+    rows, exists = vectors.T[order], exists[order]
+    last = jnp.take(rows, found.num_steps - 1, axis=1)
+    residuals = jnp.where(exists, jnp.abs(found.residual_norm * last), jnp.inf)
+    return EigenPairs(values[order], combine(rows, found.basis), residuals, 0)
 
 
 class _Entries(NamedTuple):
@@ -147,41 +173,22 @@ class _Entries(NamedTuple):
     num_steps: jax.Array  # (), int32
 
 
-def project(basis: Params, vector: Params) -> jax.Array:
-    """Q^T x for a basis with a leading axis: shape (rows,)."""
-    dots = jax.tree.map(
-        lambda q, x: jnp.tensordot(q, x, axes=x.ndim, precision="highest"),
-        basis,
-        vector,
-    )
-    return functools.reduce(jnp.add, jax.tree.leaves(dots))
-
-
-def combine(coefficients: jax.Array, basis: Params) -> Params:
-    """sum_i c_i q_i, or several such sums for a matrix (num_sums, rows)."""
-    return jax.tree.map(
-        lambda q: jnp.tensordot(coefficients, q, axes=1, precision="highest"), basis
-    )
-
-
 def _step(basis, previous, vector, product, entries: _Entries, i, passes: int):
     """q_{i+1}, or 0 after breakdown, from q_{i-1}, q_i and A q_i."""
     alpha, last_beta = vdot(vector, product), entries.last_beta
+    # What is left is no larger than twice the product.
+    unit = magnitude(product)
     rest = jax.tree.map(
-        lambda y, q, p: y - alpha.astype(y.dtype) * q - last_beta * p,
-        product,
-        vector,
-        previous,
+        lambda y, q, p: y - alpha * q - last_beta * p, product, vector, previous
     )
-    for _ in range(passes):
-        correction = combine(project(basis, rest), basis)
-        rest = jax.tree.map(jnp.subtract, rest, correction)
-    beta = norm(rest)
+    if passes:
+        rest, _ = orthogonalise(basis, rest, passes)
+    beta = unit * norm(scale(1 / unit, rest))
     # (alpha^2 + last_beta^2 + beta^2)^1/2, the norm of the product
     local = jnp.hypot(jnp.hypot(alpha, last_beta), beta)
     alive = beta > BREAKDOWN * jnp.finfo(beta.dtype).eps * local
     beta = jnp.where(alive, beta, 0)
-    started = norm(vector) > 0
+    started = (i == 0) | (last_beta > 0)
     following = scale(jnp.where(alive, 1 / jnp.where(alive, beta, 1), 0), rest)
     if basis is not None:
         # After the basis was read: XLA:CPU is ten times slower the other way round.
@@ -254,70 +261,83 @@ def lanczos(
         Golub and Van Loan, Matrix Computations, 4th edition, sections 10.1 and 10.3.
     """
     check_params(start)
-    if reorthogonalization not in _PASSES:
-        raise ValueError(
-            f"reorthogonalization is {reorthogonalization!r}: choose from "
-            f"{', '.join(_PASSES)}"
-        )
-    check_steps(num_steps, size(start))
-    wide = widened(start)
-    length = norm(wide)
+    passes = check_options(num_steps, size(start), reorthogonalization)
+    keep = passes > 0 if keep_basis is None else keep_basis or passes > 0
+    found = iterate(matvec, start, start, num_steps, passes, keep)
+    return _finish(*found, start)
+
+
+@functools.partial(jax.jit, static_argnames=("num_steps", "keep"))
+def _begin(start: Params, num_steps: int, keep: bool):
+    """The state before the first step, and the norm of `start`."""
+    first = pack(start)
+    unit = magnitude(first)
+    first = scale(1 / unit, first)
+    length = norm(first)
+    first = scale(1 / length, first)
+    basis = store(zeros(first, num_steps), 0, first) if keep else None
+    entries = _Entries(
+        last_beta=jnp.zeros_like(length),
+        alphas=jnp.zeros(num_steps, length.dtype),
+        betas=jnp.zeros(num_steps, length.dtype),
+        num_steps=jnp.zeros((), jnp.int32),
+    )
+    return (basis, zeros(first), first, entries), unit * length
+
+
+def iterate(matvec: Matvec, like: Params, start, num_steps: int, passes=0, keep=False):
+    """Basis, vector after the last and entries of T; `start` may be packed."""
+    state, length = _begin(start, num_steps, keep)
     if not is_traced(length) and not (0 < float(length) < float("inf")):
         raise ValueError(
             f"start has norm {float(length)}: Lanczos' iteration needs a finite vector "
             "other than zero; a random one will do"
         )
-    passes = _PASSES[reorthogonalization]
-    keep = passes > 0 if keep_basis is None else keep_basis or passes > 0
-    zeros = jnp.zeros(num_steps, length.dtype)
-    entries = _Entries(
-        last_beta=jnp.zeros_like(length),
-        alphas=zeros,
-        betas=jnp.zeros_like(zeros),
-        num_steps=jnp.zeros((), jnp.int32),
-    )
-    first = scale(1 / length, wide)
-    alone = lambda x: jnp.zeros((num_steps, *x.shape), x.dtype).at[0].set(x)
-    basis = jax.tree.map(alone, first) if keep else None
-    step = _step if is_traced(matvec, start) else _compiled_step
+    traced = is_traced(matvec, start)
+    step = _step if traced else _compiled_step
 
     def take(i, state):
         basis, previous, vector, entries = state
         del state  # a vector that is no longer needed must not be held
-        found = product(matvec, start, vector)
+        found = multiply(matvec, like, vector)
         basis, following, entries = step(
             basis, previous, vector, found, entries, i, passes=passes
         )
         return basis, vector, following, entries
 
-    state = basis, jax.tree.map(jnp.zeros_like, wide), first, entries
-    del basis, wide, first
-    if step is _step:
+    if traced:
         state = jax.lax.fori_loop(0, num_steps, take, state)
     else:
         for i in range(num_steps):
-            state = take(jnp.int32(i), state)
+            state = take(np.int32(i), state)
     basis, _, vector, entries = state
+    return basis, vector, entries
+
+
+@jax.jit
+def _finish(basis, vector, entries: _Entries, like: Params) -> Tridiagonal:
     return Tridiagonal(
         diagonal=entries.alphas,
         off_diagonal=entries.betas[:-1],
-        basis=basis,
-        residual=scale(entries.last_beta, vector),
+        basis=None if basis is None else unpack(basis, like),
+        residual=unpack(scale(entries.last_beta, vector), like),
         residual_norm=entries.last_beta,
         num_steps=entries.num_steps,
     )
 
 
-def check_steps(num_steps: int, p: int) -> None:
-    """Refuse a Krylov space of no dimension, or of more than there are.
-
-    Raises:
-        ValueError: `num_steps` outside 1 to P.
-    """
+def check_options(num_steps: int, p: int, reorthogonalization: str) -> int:
+    """How often to reorthogonalise; refuses a Krylov space that cannot be."""
+    if reorthogonalization not in _PASSES:
+        raise ValueError(
+            f"reorthogonalization is {reorthogonalization!r}: choose from "
+            f"{', '.join(_PASSES)}"
+        )
     if not 1 <= num_steps <= p:
         raise ValueError(
             f"num_steps is {num_steps}, and must lie between 1 and the {p} parameters"
         )
+    return _PASSES[reorthogonalization]
 
 
 def check_symmetric(

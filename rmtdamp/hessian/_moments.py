@@ -15,16 +15,21 @@ outweighs the noise.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from rmtdamp._basis import draw, pack, unpack, zeros
+from rmtdamp._checks import check_mode, check_scalar
+from rmtdamp._jax import has_convolution, is_traced, matmul_precision
 from rmtdamp._tree import (
     accumulation_dtype,
+    aligned,
     check_params,
     num_examples,
-    random_like,
+    rademacher,
     size,
     vdot,
 )
@@ -32,13 +37,10 @@ from rmtdamp._types import Batch, Execution, Key, LossFn, Mode, Params
 
 from ._products import (
     check_differentiable,
-    check_mode,
-    check_scalar,
-    hessian_product,
-    matmul_precision,
+    loss_and_product,
 )
 
-_EXECUTIONS = ("scan", "unroll", "vmap")
+_EXECUTIONS = ("scan", "unroll", "vmap", "eager")
 
 
 class HessianMoments(NamedTuple):
@@ -53,6 +55,7 @@ class HessianMoments(NamedTuple):
     variance: jax.Array  # (), m = P^-1 Tr Var(H_B) for a batch of B examples
     probe_stderr: jax.Array | float = float("nan")  # (), of variance, from the probes
     microbatch_stderr: jax.Array | float = float("nan")  # (), from the microbatches
+    loss: jax.Array | float = float("nan")  # (), the mean of the microbatches' losses
 
     @property
     def dispersion(self) -> jax.Array:
@@ -69,137 +72,197 @@ class HessianMoments(NamedTuple):
         return jnp.hypot(self.probe_stderr, self.microbatch_stderr)
 
 
-def has_convolution(loss_fn: LossFn, params: Params, batch: Batch, loss_args) -> bool:
-    """Whether the loss contains a convolution, read off its printed jaxpr."""
-    jaxpr = jax.make_jaxpr(loss_fn)(params, batch, *loss_args)
-    return "conv_general_dilated" in str(jaxpr)
-
-
-def default_execution(
-    loss_fn: LossFn, params: Params, batch: Batch, loss_args
-) -> Execution:
+def _execution(loss_fn, params, batch, loss_args, traced: bool) -> Execution:
     """How to run the microbatches, as `moments` documents under `execution`."""
     if jax.default_backend() != "cpu":
         return "vmap"
+    if not traced:
+        return "eager"
     return "unroll" if has_convolution(loss_fn, params, batch, loss_args) else "scan"
 
 
-def _squared_distances(products: Params, mean: Params, dtype) -> jax.Array:
+class _Sums(NamedTuple):
+    """What has been seen of the y_i so far (Welford: centred all along)."""
+
+    mean: list[jax.Array]  # of the y_i, packed
+    total: jax.Array  # (), sum_i ||y_i - mean||^2
+    loss: jax.Array  # (), sum of the losses
+
+
+def _no_sums(params: Params) -> _Sums:
+    zero = lambda: jnp.zeros((), accumulation_dtype(params))  # the sums are donated
+    return _Sums(zeros(jax.eval_shape(pack, params)), zero(), zero())
+
+
+def _add(sums: _Sums, i, loss, product: list) -> _Sums:
+    dtype = sums.total.dtype
+    seen = jnp.asarray(i, dtype)
+    step = jax.tree.map(jnp.subtract, product, sums.mean)
+    return _Sums(
+        mean=jax.tree.map(lambda mu, d: mu + d / (seen + 1), sums.mean, step),
+        total=sums.total + vdot(step, step) * (seen / (seen + 1)),
+        loss=sums.loss + loss.astype(dtype),
+    )
+
+
+def _terms(products: list, mean: list) -> jax.Array:
     """||y_i - mean||^2 of each row of the stacked `products`, shape (n,)."""
     rows = jax.tree.map(
-        lambda y, mu: jnp.sum(
-            jnp.square(y.astype(dtype) - mu[None]), axis=tuple(range(1, y.ndim))
-        ),
+        lambda y, mu: jnp.sum(jnp.square(y - mu[None]), axis=tuple(range(1, y.ndim))),
         products,
         mean,
     )
     return jnp.sum(jnp.stack(jax.tree.leaves(rows)), axis=0)
 
 
-def _spread(product, like: Params, parts: Batch, num, execution, stderr, dtype):
-    """Mean of y_i = product(parts[:, i]), sum_i ||y_i - mean||^2, and its terms."""
-    # The terms, shape (num,), cost the memory of `num` vectors and are None unless
-    # `stderr` asks for them. "vmap" has the vectors at hand; "scan" and "unroll" hold
-    # one and update mean and sum as they go (Welford), centred all along.
-    if execution == "vmap":
-        products = jax.vmap(product, in_axes=1)(parts)
-        mean = jax.tree.map(lambda y: jnp.mean(y.astype(dtype), axis=0), products)
-        terms = _squared_distances(products, mean, dtype)
-        return mean, jnp.sum(terms), terms
+def _stacked(products: list) -> Any:
+    return jax.tree.map(lambda *ys: jnp.stack(ys), *products)
 
-    def add(carry, i):
-        mean, total = carry
-        part = jax.tree.map(
-            lambda x: jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False), parts
-        )
-        y = product(part)
-        seen = jnp.asarray(i, dtype)
-        step = jax.tree.map(lambda a, mu: a.astype(dtype) - mu, y, mean)
-        mean = jax.tree.map(lambda mu, d: mu + d / (seen + 1), mean, step)
-        total = total + vdot(step, step) * (seen / (seen + 1))
-        return (mean, total), (y if stderr else None)
 
-    mean = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), like)
-    carry, products = (mean, jnp.zeros((), dtype)), []
-    if execution == "scan":
-        carry, products = jax.lax.scan(add, carry, jnp.arange(num))
-    else:
-        for i in range(num):
-            carry, y = add(carry, i)
-            products.append(y)
-        if stderr:
-            products = jax.tree.map(lambda *ys: jnp.stack(ys), *products)
-    terms = _squared_distances(products, carry[0], dtype) if stderr else None
-    return *carry, terms
+def _parts(batch: Batch, n: int) -> Batch:
+    """Microbatch i is `[:, i]`, of strided examples."""
+    # x.reshape(b, n)[:, i] is x[i::n]: a batch sharded over devices stays spread.
+    return jax.tree.map(lambda x: jnp.reshape(x, (-1, n, *x.shape[1:])), batch)
+
+
+def _part(parts: Batch, i) -> Batch:
+    row = functools.partial(jax.lax.dynamic_index_in_dim, axis=1, keepdims=False)
+    return jax.tree.map(lambda x: row(x, i), parts)
+
+
+def _probe(key: Key, number, params: Params) -> list[jax.Array]:
+    # +-1 is exact in every dtype, so the unit norm is restored by dividing quadratic
+    # forms by P. Signs have the least variance of probes with independent entries.
+    return draw(jax.random.fold_in(key, number), params, rademacher)
+
+
+def _evaluate(loss_fn, params, part, probe, loss_args, mode):
+    """The loss of a microbatch and its packed product with the probe."""
+    vector = aligned(unpack(probe, params), params)
+    loss, product = loss_and_product(loss_fn, params, part, vector, loss_args, mode)
+    return loss, pack(product)
+
+
+def _row(probe: list, sums: _Sums, products: list | None) -> tuple:
+    """What one probe says: v^T ybar, ||ybar||^2, sum_i ||y_i - ybar||^2, its terms."""
+    terms = None if products is None else _terms(products, sums.mean)
+    mean = sums.mean
+    return vdot(probe, mean), vdot(mean, mean), sums.total, terms, sums.loss
 
 
 @functools.partial(
     jax.jit,
     static_argnames=(
-        "loss_fn",
-        "num_microbatches",
-        "num_probes",
-        "batch_size",
-        "execution",
-        "precision",
-        "mode",
+        "loss_fn", "num_microbatches", "num_probes", "execution", "precision", "mode",
         "stderr",
     ),
-)
-def _moments(
-    loss_fn,
-    params,
-    batch,
-    key,
-    loss_args,
-    num_microbatches,
-    num_probes,
-    batch_size,
-    execution,
-    precision,
-    mode,
-    stderr,
-):
-    n, b = num_microbatches, num_examples(batch) // num_microbatches
-    p, dtype = size(params), accumulation_dtype(params)
-    # x.reshape(b, n)[:, i] is x[i::n]: a batch sharded over devices stays spread.
-    parts = jax.tree.map(lambda x: jnp.reshape(x, (b, n, *x.shape[1:])), batch)
-    microbatch = jax.tree.map(lambda x: x[:, 0], parts)
+)  # fmt: skip
+def _in_graph(
+    loss_fn, params, batch, key, loss_args, batch_size, *, num_microbatches, num_probes,
+    execution, precision, mode, stderr,
+):  # fmt: skip
+    n = num_microbatches
+    parts = _parts(batch, n)
+    _check(loss_fn, params, _part(parts, 0), loss_args, mode)
+
+    def measure(number):
+        probe = _probe(key, number, params)
+        evaluate = lambda part: _evaluate(loss_fn, params, part, probe, loss_args, mode)
+
+        def take(sums, i):
+            loss, product = evaluate(_part(parts, i))
+            return _add(sums, i, loss, product), (product if stderr else None)
+
+        with matmul_precision(precision):
+            if execution == "vmap":
+                losses, products = jax.vmap(evaluate, in_axes=1)(parts)
+                mean = [jnp.mean(y, axis=0) for y in products]
+                total = jnp.sum(_terms(products, mean))
+                sums = _Sums(mean, total, jnp.sum(losses.astype(total.dtype)))
+            elif execution == "scan":
+                sums, products = jax.lax.scan(take, _no_sums(params), jnp.arange(n))
+            else:
+                sums, products = _no_sums(params), []
+                for i in range(n):
+                    sums, product = take(sums, i)
+                    products.append(product)
+                products = _stacked(products) if stderr else None
+        return _row(probe, sums, products if stderr else None)
+
+    if num_probes == 1 or execution == "unroll":
+        rows = [measure(number) for number in range(num_probes)]
+    else:
+        rows = jax.lax.map(measure, jnp.arange(num_probes))
+    if isinstance(rows, list):
+        rows = _stacked(rows)
+    return _summary(rows, size(params), n, len(jax.tree.leaves(parts)[0]) / batch_size)
+
+
+def _check(loss_fn, params, microbatch, loss_args, mode) -> None:
     check_scalar(loss_fn, params, microbatch, loss_args)
     check_differentiable(loss_fn, params, microbatch, loss_args, mode)
-    if execution is None:
-        execution = default_execution(loss_fn, params, microbatch, loss_args)
 
-    def measure(probe_key):
-        # +-1 is exact in every dtype, so the unit norm is restored by dividing the
-        # quadratic forms by P. Rademacher signs have the least variance of all probes
-        # with independent entries.
-        probe = random_like(probe_key, params, jax.random.rademacher)
-        product = lambda part: hessian_product(
-            loss_fn, params, part, probe, loss_args, mode
-        )
-        with matmul_precision(precision):
-            mean, total, terms = _spread(
-                product, params, parts, n, execution, stderr, dtype
-            )
-        terms = None if terms is None else terms / p
-        return vdot(probe, mean) / p, vdot(mean, mean) / p, total / p, terms
 
-    keys = jax.random.split(key, num_probes)
-    if num_probes == 1 or execution == "unroll":
-        rows = [measure(k) for k in keys]
-        rows = jax.tree.map(lambda *xs: jnp.stack(xs), *rows)
-    else:
-        rows = jax.lax.map(measure, keys)
-    # Shapes: three times (num_probes,), then (num_probes, n) or None.
-    mean, raw_square, total, terms = rows
+@functools.partial(
+    jax.jit,
+    static_argnames=("loss_fn", "num_microbatches", "precision", "mode", "stderr"),
+    donate_argnames="sums",
+)
+def _take(
+    loss_fn, params, batch, probe, loss_args, sums, i, *, num_microbatches, precision,
+    mode, stderr,
+):  # fmt: skip
+    part = _part(_parts(batch, num_microbatches), i)
+    _check(loss_fn, params, part, loss_args, mode)
+    with matmul_precision(precision):
+        loss, product = _evaluate(loss_fn, params, part, probe, loss_args, mode)
+    return _add(sums, i, loss, product), (product if stderr else None)
 
+
+@jax.jit
+def _start(key, number, params):
+    return _probe(key, number, params), _no_sums(params)
+
+
+@jax.jit
+def _row_of_list(probe, sums, products):
+    return _row(probe, sums, _stacked(products) if products else None)
+
+
+@functools.partial(jax.jit, static_argnames=("p", "n"))
+def _finish(rows, p, n, rescale):
+    return _summary(_stacked(rows), p, n, rescale)
+
+
+def _from_python(
+    loss_fn, params, batch, key, loss_args, batch_size, *, num_microbatches, num_probes,
+    stderr, **options,
+):  # fmt: skip
+    """One compiled call a microbatch: that of one is all that is compiled."""
+    n, rows = num_microbatches, []
+    for number in range(num_probes):
+        (probe, sums), products = _start(key, jnp.int32(number), params), []
+        for i in range(n):
+            sums, product = _take(
+                loss_fn, params, batch, probe, loss_args, sums, jnp.int32(i),
+                num_microbatches=n, stderr=stderr, **options,
+            )  # fmt: skip
+            products.append(product)
+        rows.append(_row_of_list(probe, sums, products if stderr else []))
+    return _finish(rows, size(params), n, num_examples(batch) // n / batch_size)
+
+
+def _summary(rows, p: int, n: int, rescale) -> HessianMoments:
+    """Averages over probes, each divided by P; variances are multiplied by b/B."""
+    *forms, losses = rows
+    mean, raw_square, total, terms = jax.tree.map(lambda x: x / p, forms)
+    num_probes, dtype = len(mean), mean.dtype
     per_probe = total / (n - 1)  # variance of an H_b
-    rescale = b / batch_size
+    rescale = jnp.asarray(rescale).astype(dtype)
     probe_stderr = microbatch_stderr = jnp.full((), jnp.nan, dtype)
     if num_probes > 1:
         probe_stderr = jnp.std(per_probe, ddof=1) * (rescale / num_probes**0.5)
-    if stderr and n > 2:
+    if terms is not None and n > 2:
         # The delete-one jackknife of a sample variance, in closed form.
         terms = jnp.mean(terms, axis=0)
         jackknife = jnp.sum(jnp.square(terms - jnp.mean(terms)))
@@ -211,6 +274,7 @@ def _moments(
         variance=jnp.mean(per_probe) * rescale,
         probe_stderr=probe_stderr,
         microbatch_stderr=microbatch_stderr,
+        loss=jnp.mean(losses) / n,
     )
 
 
@@ -247,9 +311,9 @@ def moments(
     then describe the microbatches, not the batch.
 
     Cost: the FLOPs of `num_probes` Hessian-vector products over `batch`, about three
-    gradients each. Memory: the residuals of the microbatches that run at once (one for
-    "scan" and "unroll"), a few vectors like `params`, and, for the microbatch part of
-    the standard error or under "vmap", `num_microbatches` more.
+    gradients each. Memory: the residuals of the microbatches that run at once (all of
+    them for "vmap", else one), a few vectors like `params`, and, for the microbatch
+    part of the standard error or under "vmap", `num_microbatches` more.
 
     Args:
         loss_fn: `loss_fn(params, batch, *loss_args) -> scalar`, the mean loss; static,
@@ -265,11 +329,13 @@ def moments(
         num_probes: independent probes to average, each at full cost.
         batch_size: B, the number of examples whose Hessian's variance is asked for;
             default: as many as `batch` holds.
-        execution: how the microbatches run, "scan" (one after another, least memory),
-            "unroll" (the same outside a loop: longer to compile) or "vmap" (at once).
-            Default: on a CPU "unroll" where the loss has a convolution, which XLA:CPU
-            runs some thirty times slower inside a loop, else "scan", which measured
-            fastest; on accelerators "vmap", which fills them.
+        execution: how the microbatches run: "eager" (driven from Python, one compiled
+            call each, outside `jit` alone: compiles in the time of one), "scan" (one
+            after another in a loop), "unroll" (the same without the loop: n times as
+            long to compile) or "vmap" (at once). Default: on a CPU "eager" where
+            nothing is traced, else "unroll" for a loss with a convolution, which
+            XLA:CPU runs some thirty times slower inside a loop, and "scan" for others;
+            on accelerators "vmap", which fills them.
         precision: matmul precision; None leaves the global setting.
         mode: how products are differentiated, see `hvp`.
         stderr: whether to compute `microbatch_stderr`; without it (NaN) `moments` is
@@ -329,7 +395,8 @@ def moments(
         )
     if num_probes < 1:
         raise ValueError(f"num_probes is {num_probes}, and at least 1 is needed")
-    if batch_size is not None and batch_size < 1:
+    given = isinstance(batch_size, int | np.integer)
+    if given and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, and at least 1 is needed")
     if execution is not None and execution not in _EXECUTIONS:
         raise ValueError(
@@ -337,17 +404,25 @@ def moments(
             "None for the rule that the documentation states"
         )
     check_mode(mode)
-    return _moments(
-        loss_fn,
-        params,
-        batch,
-        key,
-        loss_args,
-        num_microbatches,
-        num_probes,
+    traced = is_traced(params, batch, key, loss_args)
+    if execution is None:
+        execution = _execution(loss_fn, params, batch, loss_args, traced)
+    if execution == "eager" and traced:
+        raise ValueError(
+            "execution is 'eager', which is driven from Python and cannot be traced: "
+            "choose 'scan', 'unroll' or 'vmap' inside jit, or None"
+        )
+    options = {
+        "num_microbatches": num_microbatches,
+        "num_probes": num_probes,
+        "precision": precision,
+        "mode": mode,
+        "stderr": stderr,
+    }
+    arguments = (
+        loss_fn, params, batch, key, loss_args,
         count if batch_size is None else batch_size,
-        execution,
-        precision,
-        mode,
-        stderr,
-    )
+    )  # fmt: skip
+    if execution == "eager":
+        return _from_python(*arguments, **options)
+    return _in_graph(*arguments, execution=execution, **options)

@@ -5,23 +5,18 @@ negative, the second half starts anew on the matrix shifted by it, so that what 
 out is the algebraically largest eigenvalue, the one that bounds the learning rate.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from rmtdamp._tree import (
-    accumulation_dtype,
-    aligned,
-    check_params,
-    norm,
-    random_like,
-    scale,
-    vdot,
-)
+from rmtdamp._basis import draw, magnitude, pack, unpack
+from rmtdamp._jax import is_traced
+from rmtdamp._tree import aligned, check_params, norm, scale, vdot
 from rmtdamp._types import Key, Matvec, Params
 
-from ._apply import is_traced, product, widened
+from ._apply import multiply
 
 
 class Eigenvalue(NamedTuple):
@@ -32,15 +27,18 @@ class Eigenvalue(NamedTuple):
     vector: Params  # like params, x of unit norm
 
 
+class _Carry(NamedTuple):
+    vector: list  # what the next step starts from, of any length
+    found: Any  # the last step's `Eigenvalue`, its vector packed
+
+
 @jax.jit
 def _unit(root, vector):
     """The vector at unit norm, and what the matvec is to see of it."""
-    # Entries near the ends of the exponent's range would vanish when squared; a
-    # product of zero (the matrix is zero, or the shift has made it so) stays zero.
-    largest = jnp.stack([jnp.max(jnp.abs(a)) for a in jax.tree.leaves(vector)]).max()
-    reciprocal = lambda a: jnp.where(a > 0, 1 / jnp.where(a > 0, a, 1), 0)
-    x = scale(reciprocal(largest), vector)
-    x = scale(reciprocal(norm(x)), x)
+    x = scale(1 / magnitude(vector), vector)
+    # A product of zero (the matrix is zero, or the shift has made it so) stays zero.
+    length = norm(x)
+    x = scale(jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0), x)
     return x, (x if root is None else jax.tree.map(jnp.multiply, root, x))
 
 
@@ -50,22 +48,44 @@ def _step(root, shift, x, found):
     if root is not None:
         found = jax.tree.map(jnp.multiply, root, found)
     theta = vdot(x, found)
-    minus = lambda y, a: y - theta.astype(a.dtype) * a
-    residual = norm(jax.tree.map(minus, found, x))
-    shifted = jax.tree.map(lambda y, a: y + shift.astype(a.dtype) * a, found, x)
-    return shifted, Eigenvalue(theta, residual, x)
+    unit = magnitude(found)
+    left = jax.tree.map(lambda y, a: (y - theta * a) / unit, found, x)
+    residual = unit * norm(left)
+    shifted = jax.tree.map(lambda y, a: y + shift * a, found, x)
+    return _Carry(shifted, Eigenvalue(theta, residual, x))
 
 
-def _iterate(matvec, like, root, shift, vector, num_steps):
+@jax.jit
+def _root(preconditioner, like):
+    return [1 / jnp.sqrt(d) for d in pack(aligned(preconditioner, like))]
+
+
+@jax.jit
+def _again(key, like, carry: _Carry):
+    """The shift and the vector that the second half starts with."""
+    # Twice the negative eigenvalue: with it alone, -c I would become the zero matrix.
+    shift = jnp.maximum(-2 * carry.found.value, 0)
+    silent = jnp.all(jnp.stack([jnp.all(x == 0) for x in carry.vector]))  # H x = 0
+    restart = draw(key, like, jax.random.normal)
+    choose = lambda a, b: jnp.where((shift > 0) | silent, a, b)
+    return shift, jax.tree.map(choose, restart, carry.vector)
+
+
+@jax.jit
+def _finish(found: Eigenvalue, like) -> Eigenvalue:
+    return found._replace(vector=unpack(found.vector, like))
+
+
+def _iterate(matvec, like, root, shift, vector, num_steps) -> _Carry:
     """`num_steps` products: from Python if nothing is traced, else in the graph."""
 
     # XLA:CPU runs convolutions inside a loop some thirty times slower, and an eager
     # loop of compiled steps never waits for the device.
     def take(_, carry):
-        x, seen = _unit(root, carry[0])
-        return _step(root, shift, x, product(matvec, like, seen))
+        x, seen = _unit(root, carry.vector)
+        return _step(root, shift, x, multiply(matvec, like, seen))
 
-    carry = take(0, (vector, None))
+    carry = take(0, _Carry(vector, None))
     if is_traced(matvec, vector):
         return jax.lax.fori_loop(1, num_steps, take, carry)
     for i in range(1, num_steps):
@@ -122,20 +142,11 @@ def largest_eigenvalue(
     check_params(like)
     if num_steps < 2:
         raise ValueError(f"num_steps is {num_steps}, and at least 2 are needed")
-    root = None
-    if preconditioner is not None:
-        root = jax.tree.map(
-            lambda d: 1 / jnp.sqrt(d), widened(aligned(preconditioner, like))
-        )
-    zero = jnp.zeros((), accumulation_dtype(like))
+    root = None if preconditioner is None else _root(preconditioner, like)
     first, second = jax.random.split(key)
-    vector = widened(random_like(first, like, jax.random.normal))
-    vector, found = _iterate(matvec, like, root, zero, vector, num_steps // 2)
-    # Twice the negative eigenvalue: with it alone, -c I would become the zero matrix.
-    shift = jnp.maximum(-2 * found.value, zero)
-    silent = norm(vector) == 0  # H x = 0: start again
-    restart = widened(random_like(second, like, jax.random.normal))
-    vector = jax.tree.map(
-        lambda a, b: jnp.where((shift > 0) | silent, a, b), restart, vector
-    )
-    return _iterate(matvec, like, root, shift, vector, num_steps - num_steps // 2)[1]
+    vector = draw(first, like, jax.random.normal)
+    zero = np.zeros((), vector[0].dtype)
+    carry = _iterate(matvec, like, root, zero, vector, num_steps // 2)
+    shift, vector = _again(second, like, carry)
+    carry = _iterate(matvec, like, root, shift, vector, num_steps - num_steps // 2)
+    return _finish(carry.found, like)

@@ -11,53 +11,15 @@ default on recent GPUs rounds float32 inputs to ten bits (TF32), and noise measu
 that precision is in part the noise of the arithmetic.
 """
 
-import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from rmtdamp._checks import FORWARD, REVERSE, check_mode, check_scalar
+from rmtdamp._jax import matmul_precision
 from rmtdamp._tree import aligned, check_params
 from rmtdamp._types import Batch, LossFn, Matvec, Mode, Params
-
-
-def matmul_precision(precision: str | None):
-    """A context that sets the precision of matrix products; None leaves it alone."""
-    if precision is None:
-        return contextlib.nullcontext()
-    return jax.default_matmul_precision(precision)
-
-
-def check_scalar(loss_fn: LossFn, params: Params, batch: Batch, loss_args) -> None:
-    """Refuse a loss that is not one real number; costs an abstract evaluation.
-
-    Raises:
-        TypeError: the loss returns anything but a real floating scalar.
-    """
-    out = jax.eval_shape(loss_fn, params, batch, *loss_args)
-    if not isinstance(out, jax.ShapeDtypeStruct):
-        raise TypeError(
-            f"loss_fn must return one scalar and returned a {type(out).__name__}: "
-            "return the mean loss alone, without auxiliary output"
-        )
-    if out.shape != () or not jnp.issubdtype(out.dtype, jnp.floating):
-        raise TypeError(
-            f"loss_fn must return a real scalar and returned shape {out.shape}, dtype "
-            f"{out.dtype}: return the mean over the batch, jnp.mean(losses)"
-        )
-
-
-_FORWARD, _REVERSE = "forward-over-reverse", "reverse-over-reverse"
-
-
-def check_mode(mode: str) -> None:
-    """Refuse an unknown way to differentiate.
-
-    Raises:
-        ValueError: `mode` is neither of the two.
-    """
-    if mode not in (_FORWARD, _REVERSE):
-        raise ValueError(f"mode is {mode!r}: choose from {_FORWARD}, {_REVERSE}")
 
 
 def check_differentiable(
@@ -71,7 +33,7 @@ def check_differentiable(
     """
     gradient = jax.grad(loss_fn)
     try:
-        if mode == _REVERSE:
+        if mode == REVERSE:
             back = lambda p, *rest: jax.vjp(lambda q: gradient(q, *rest), p)[1](p)
             jax.eval_shape(back, params, batch, *loss_args)
         elif "custom_vjp" in str(jax.make_jaxpr(gradient)(params, batch, *loss_args)):
@@ -85,14 +47,14 @@ def check_differentiable(
             raise
         raise TypeError(
             "a part of the loss has a custom VJP and no derivative forward, which "
-            f'mode="{_FORWARD}" needs: pass mode="{_REVERSE}"'
+            f'mode="{FORWARD}" needs: pass mode="{REVERSE}"'
         ) from error
     except ValueError as error:
         if "Reverse-mode differentiation" not in str(error):
             raise
         raise ValueError(
             "the gradient contains a loop of unknown length, through which "
-            f'mode="{_REVERSE}" cannot go back: pass mode="{_FORWARD}"'
+            f'mode="{REVERSE}" cannot go back: pass mode="{FORWARD}"'
         ) from error
 
 
@@ -101,7 +63,7 @@ def derivative_of_gradient(
 ):
     """V -> H v, linearised, without checks: for use inside traced code."""
     gradient = lambda p: jax.grad(loss_fn)(p, batch, *loss_args)
-    if mode == _REVERSE:
+    if mode == REVERSE:
         return jax.tree_util.Partial(_only, jax.vjp(gradient, params)[1])
     return jax.linearize(gradient, params)[1]
 
@@ -111,7 +73,7 @@ def _only(pullback, vector):
     return found
 
 
-def hessian_product(
+def loss_and_product(
     loss_fn: LossFn,
     params: Params,
     batch: Batch,
@@ -119,11 +81,13 @@ def hessian_product(
     loss_args,
     mode: Mode,
 ):
-    """H v, once, without checks: for use inside traced code."""
-    if mode == _REVERSE:
-        return derivative_of_gradient(loss_fn, params, batch, loss_args, mode)(vector)
-    gradient = lambda p: jax.grad(loss_fn)(p, batch, *loss_args)
-    return jax.jvp(gradient, (params,), (vector,))[1]
+    """The loss and H v, once, without checks: for use inside traced code."""
+    value_and_grad = lambda p: jax.value_and_grad(loss_fn)(p, batch, *loss_args)
+    if mode == REVERSE:
+        _, back, loss = jax.vjp(lambda p: value_and_grad(p)[::-1], params, has_aux=True)
+        return loss, _only(back, vector)
+    (loss, _), (_, product) = jax.jvp(value_and_grad, (params,), (vector,))
+    return loss, product
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "precision", "mode"))
@@ -131,7 +95,7 @@ def _hvp(loss_fn, params, batch, vector, loss_args, precision, mode):
     check_scalar(loss_fn, params, batch, loss_args)
     check_differentiable(loss_fn, params, batch, loss_args, mode)
     with matmul_precision(precision):
-        return hessian_product(loss_fn, params, batch, vector, loss_args, mode)
+        return loss_and_product(loss_fn, params, batch, vector, loss_args, mode)[1]
 
 
 def hvp(

@@ -7,16 +7,20 @@ eigenvectors), exact for polynomials up to degree 2 num_steps - 1. The average o
 probes is the spectrum, as a set of weighted points; smoothing them is for pictures.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from rmtdamp._tree import check_params, random_like, size
+from rmtdamp._basis import draw
+from rmtdamp._jax import is_traced
+from rmtdamp._tree import check_params, size
 from rmtdamp._types import Key, Matvec, Params
 
-from ._apply import composed, is_traced
-from ._lanczos import Reorthogonalization, check_steps, lanczos
+from ._apply import sum_matvec
+from ._lanczos import Reorthogonalization, check_options, iterate, ritz
 
 
 class Spectrum(NamedTuple):
@@ -25,14 +29,24 @@ class Spectrum(NamedTuple):
     nodes: jax.Array  # (num_probes, num_steps), in the unit of an eigenvalue
     weights: jax.Array  # (num_probes, num_steps), each row sums to 1
     num_parameters: int  # P
+    exact: bool = False  # the nodes are the eigenvalues
+
+    @classmethod
+    def from_eigenvalues(cls, eigenvalues: jax.Array) -> "Spectrum":
+        """The spectrum of P known eigenvalues, one row of them; P^-1 is each weight."""
+        nodes = np.asarray(eigenvalues)[None]
+        p = nodes.shape[1]
+        weights = np.full_like(nodes, 1 / p)
+        return cls(jnp.asarray(nodes), jnp.asarray(weights), p, exact=True)
 
     def moment(self, order: int) -> tuple[jax.Array, jax.Array]:
-        """P^-1 Tr A^order and its standard error over probes (NaN with one)."""
-        per_probe = jnp.sum(self.weights * self.nodes**order, axis=1)
-        count = per_probe.shape[0]
-        if count == 1:
-            return per_probe[0], jnp.full((), jnp.nan, per_probe.dtype)
-        return jnp.mean(per_probe), jnp.std(per_probe, ddof=1) / count**0.5
+        """P^-1 Tr A^order and its standard error over probes.
+
+        Returns:
+            Two numbers. The error is NaN with one probe, 0 where the nodes are the
+            eigenvalues.
+        """
+        return _moment(self.nodes, self.weights, order, self.exact)
 
     def density(self, grid: jax.Array, width: jax.Array | float) -> jax.Array:
         """The spectrum smoothed by Gaussians of standard deviation `width`, on `grid`.
@@ -49,6 +63,16 @@ class Spectrum(NamedTuple):
         z = (grid[:, None] - nodes[None]) / width[:, None]
         peaks = jnp.exp(-0.5 * z**2) / (width[:, None] * (2 * jnp.pi) ** 0.5)
         return peaks @ weights / self.nodes.shape[0]
+
+
+@functools.partial(jax.jit, static_argnames="order")
+def _moment(nodes, weights, order, exact):
+    per_probe = jnp.sum(weights * nodes**order, axis=1)
+    count = per_probe.shape[0]
+    spread = jnp.full((), jnp.nan, per_probe.dtype)
+    if count > 1:
+        spread = jnp.std(per_probe, ddof=1) / count**0.5
+    return jnp.mean(per_probe), jnp.where(exact, 0, spread)
 
 
 def spectral_density(
@@ -105,16 +129,14 @@ def spectral_density(
         density, 2019, appendix A.
     """
     check_params(like)
-    check_steps(num_steps, size(like))
+    passes = check_options(num_steps, size(like), reorthogonalization)
     if num_probes < 1:
         raise ValueError(f"num_probes is {num_probes}, and at least 1 is needed")
 
     def probe(probe_key):
-        start = random_like(probe_key, like, jax.random.normal)
-        found = lanczos(
-            matvec, start, num_steps, reorthogonalization=reorthogonalization
-        )
-        return found.ritz()
+        start = draw(probe_key, like, jax.random.normal)
+        found = iterate(matvec, like, start, num_steps, passes, passes > 0)[-1]
+        return ritz(found.alphas, found.betas[:-1], found.num_steps)
 
     keys = jax.random.split(key, num_probes)
     if is_traced(matvec, like, keys):
@@ -141,7 +163,7 @@ def noise_matvec(first: Matvec, second: Matvec, *, factor: float = 0.5) -> Matve
         factor: what the difference is multiplied by.
 
     Returns:
-        A matvec: eager where one of the two is, else a `jax.tree_util.Partial`.
+        A matvec, see `sum_matvec`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -153,10 +175,4 @@ def noise_matvec(first: Matvec, second: Matvec, *, factor: float = 0.5) -> Matve
     References:
         Granziol and Baskerville, eq. 6.
     """
-    return composed(_difference, (first, second), jnp.float32(factor))
-
-
-def _difference(first, second, factor, vector):
-    return jax.tree.map(
-        lambda a, b: factor.astype(a.dtype) * (a - b), first(vector), second(vector)
-    )
+    return sum_matvec((first, second), (factor, -factor))

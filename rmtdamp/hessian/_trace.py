@@ -9,21 +9,33 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
+import numpy as np
 
+from rmtdamp._basis import (
+    draw,
+    magnitude,
+    orthogonalise,
+    pack,
+    project,
+    row,
+    store,
+    unpack,
+    zeros,
+)
+from rmtdamp._jax import is_traced
 from rmtdamp._tree import (
     accumulation_dtype,
     aligned,
     check_params,
     norm,
-    random_like,
+    scale,
     size,
     vdot,
 )
 from rmtdamp._types import Key, Matvec, Params
 
-from ._apply import product
+from ._apply import multiply
 
 _ALL = ("hutchinson", "hutch++", "xtrace")
 
@@ -35,68 +47,45 @@ class Estimate(NamedTuple):
     stderr: Params  # like value; NaN where it cannot be known
 
 
-def _zeros(like, *shape):
-    """Zeros like `like` with leading axes, in each leaf's accumulation dtype."""
-    zero = lambda x: jnp.zeros((*shape, *x.shape), accumulation_dtype(x))
-    return jax.tree.map(zero, like)
+def _rounded(key, i, like, sampler) -> list:
+    """Random vector i, packed: folding in lets it be drawn again rather than kept."""
+    # Drawn in float32 at least, for eight random bits do not make a normal number, and
+    # rounded as the product will round it.
+    drawn = draw(jax.random.fold_in(key, i), like, sampler)
+    return pack(aligned(unpack(drawn, like), like))
 
 
 @jax.jit
-def _coordinates(basis, vector):
-    """Q^T v for a block Q of k rows, shape (k,)."""
-    # Products and sums rather than dots: see `vdot`.
-    dtype = accumulation_dtype(basis)
-    total = jnp.zeros(len(jax.tree.leaves(basis)[0]), dtype)
-    for q, v in zip(jax.tree.leaves(basis), jax.tree.leaves(vector), strict=True):
-        products = q.astype(dtype) * v.astype(dtype)[None]
-        total += jnp.sum(products, axis=tuple(range(1, q.ndim)))
-    return total
+def _normal(key, i, like):
+    return _rounded(key, i, like, jax.random.normal)
 
 
-def _remove(basis, vector, coordinates):
-    """Take Q c off v, in the dtypes of the basis."""
-    # A dot, because XLA:CPU reduces a leading axis a thousand times slower.
-    combine = functools.partial(jnp.tensordot, axes=1, precision="highest")
-    remove = lambda q, v: v.astype(q.dtype) - combine(coordinates.astype(q.dtype), q)
-    return jax.tree.map(remove, basis, vector)
+_row, _store = jax.jit(row), jax.jit(store, donate_argnums=0)
 
 
-@functools.partial(jax.jit, static_argnames="sampler")
-def _draw(key, i, like, sampler):
-    """Random vector i: folding in lets it be drawn again rather than kept."""
-    # In float32 at least: eight random bits do not make a normal number.
-    return aligned(random_like(jax.random.fold_in(key, i), _zeros(like), sampler), like)
-
-
-def _product(matvec, vector, like):
-    """A v in the dtypes of `like`."""
-    return product(matvec, like, aligned(vector, like))
+@functools.partial(jax.jit, static_argnames=("width", "diagonal"))
+def _begin(like, width: int, diagonal: bool):
+    """Empty basis and R of a sketch; three zeros to add to."""
+    dtype, vector = accumulation_dtype(like), jax.eval_shape(pack, like)
+    # Made anew for each use, for their buffers are donated.
+    zero = lambda: zeros(vector) if diagonal else jnp.zeros((), dtype)
+    sketch = zeros(vector, width), jnp.zeros((width, width), dtype)
+    return sketch, (zero(), zero(), zero())
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _extend(carry, i, vector):
     """Row i of the basis Q and column i of R from y_i, so that y_i = Q r_i."""
     basis, r = carry
-    first = _coordinates(basis, vector)
-    rest = _remove(basis, vector, first)
-    second = _coordinates(basis, rest)
-    rest = _remove(basis, rest, second)
+    unit = magnitude(vector)
+    vector = scale(1 / unit, vector)
+    rest, coefficients = orthogonalise(basis, vector)
     height = norm(rest)
     # What is left of a dependent vector is rounding, of any direction: leave a zero.
     kept = height > 4 * jnp.finfo(r.dtype).eps * norm(vector)
-    unit = jax.tree.map(lambda a: jnp.where(kept, a / height.astype(a.dtype), 0), rest)
-    column = (first + second).at[i].set(jnp.where(kept, height, 0))
-    return _store(basis, i, unit), r.at[:, i].set(column)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _store(block, i, vector):
-    """Vector i of a block, replaced in place."""
-    put = jax.lax.dynamic_update_index_in_dim
-    return jax.tree.map(lambda b, v: put(b, v.astype(b.dtype), i, 0), block, vector)
-
-
-_row = jax.jit(lambda block, i: jax.tree.map(lambda b: b[i], block))
+    rest = jax.tree.map(lambda a: jnp.where(kept, a / height, 0), rest)
+    column = unit * coefficients.at[i].set(jnp.where(kept, height, 0))
+    return store(basis, i, rest), r.at[:, i].set(column)
 
 
 def _loop(step, carry, count, traced):
@@ -105,17 +94,16 @@ def _loop(step, carry, count, traced):
     if traced and count:
         return jax.lax.fori_loop(0, count, lambda i, carry: step(carry, i), carry)
     for i in range(count):
-        carry = step(carry, i)
+        carry = step(carry, np.int32(i))
     return carry
 
 
-def _sketch(matvec, like, key, width, traced):
+def _sketch(matvec, like, key, sketch, width, traced):
     """Q and R of A Omega for normal Omega, Q a block of `width` rows."""
     # Sign vectors may be dependent on the few coordinates that matter, normal ones not.
-    image = lambda i: _product(matvec, _draw(key, i, like, jax.random.normal), like)
+    image = lambda i: multiply(matvec, like, _normal(key, i, like))
     extend = lambda carry, i: _extend(carry, i, image(i))
-    carry = _zeros(like, width), jnp.zeros((width, width), accumulation_dtype(like))
-    return _loop(extend, carry, width, traced)
+    return _loop(extend, sketch, width, traced)
 
 
 @functools.partial(jax.jit, static_argnames="diagonal", donate_argnums=0)
@@ -123,107 +111,128 @@ def _add_exact(exact, basis, unit, image, diagonal):
     """Add what basis vector q and A q say of P A + A P - P A P, P = Q Q^T."""
     if not diagonal:
         return exact + vdot(unit, image)
-    rest = _remove(basis, image, _coordinates(basis, image))
-    add = lambda e, q, a, b: e + q * (a.astype(q.dtype) + b)
+    rest, _ = orthogonalise(basis, image, 1)
+    add = lambda e, q, a, b: e + q * (a + b)
     return jax.tree.map(add, exact, unit, image, rest)
 
 
 @jax.jit
 def _probe(key, i, like, basis):
-    """Sign vector v and (I - P) v."""
-    probe = _draw(key, i, like, jax.random.rademacher)
-    return probe, _remove(basis, probe, _coordinates(basis, probe))
+    """Sign vector v and (I - P) v, without a basis v twice."""
+    probe = _rounded(key, i, like, jax.random.rademacher)
+    return probe, (probe if basis is None else orthogonalise(basis, probe, 1)[0])
 
 
 @functools.partial(jax.jit, static_argnames="diagonal", donate_argnums=0)
 def _add_sample(carry, i, basis, probe, rest, image, diagonal):
-    """Mean and sum of squared deviations of the samples (Welford)."""
+    """Mean and root of summed squared deviations of the samples (Welford)."""
     mean, total = carry
     if diagonal:
-        image = _remove(basis, image, _coordinates(basis, image))
-        sample = jax.tree.map(lambda v, a: v.astype(a.dtype) * a, probe, image)
+        image = image if basis is None else orthogonalise(basis, image, 1)[0]
+        sample = jax.tree.map(jnp.multiply, probe, image)
     else:
         sample = vdot(rest, image)
     step = jax.tree.map(jnp.subtract, sample, mean)
-    # Weights, for Welford's product of two differences can round below zero.
-    last = jnp.asarray(1 / (i + 1), accumulation_dtype(mean))
-    mean = jax.tree.map(lambda mu, d: mu + d * last.astype(d.dtype), mean, step)
-    grow = lambda t, d: t + d * d * (1 - last).astype(d.dtype)
-    return mean, jax.tree.map(grow, total, step)
+    last = 1 / (jnp.asarray(i, accumulation_dtype(mean)) + 1)
+    mean = jax.tree.map(lambda mu, d: mu + d * last, mean, step)
+    # A root, lest the squares leave the range of the dtype.
+    weight = jnp.sqrt(1 - last)
+    return mean, jax.tree.map(lambda t, d: jnp.hypot(t, d * weight), total, step)
+
+
+@functools.partial(jax.jit, static_argnames=("count", "diagonal"))
+def _finish(exact, mean, total, like, count, diagonal) -> Estimate:
+    value = jax.tree.map(jnp.add, exact, mean)
+    weight = (count * (count - 1)) ** -0.5 if count > 1 else jnp.nan
+    stderr = jax.tree.map(lambda t: t * weight, total)
+    if not diagonal:
+        return Estimate(value, stderr)
+    wide = lambda y, x: y.astype(accumulation_dtype(x))
+    found = (jax.tree.map(wide, unpack(part, like), like) for part in (value, stderr))
+    return Estimate(*found)
 
 
 def _deflated(matvec, like, key, num_probes, width, diagonal, traced):
     """Exact on a basis of `width` vectors, if any, and Hutchinson on the rest."""
     first, second = jax.random.split(key)
-    # Made anew for each use, for their buffers are donated.
-    zero = lambda: _zeros(like) if diagonal else jnp.zeros((), accumulation_dtype(like))
-    basis, _ = _sketch(matvec, like, first, width, traced)
+    sketch, (exact, mean, total) = _begin(like, width, diagonal)
+    basis = None
+    if width:
+        basis, _ = _sketch(matvec, like, first, sketch, width, traced)
 
     def add_exact(exact, i):
-        image = _product(matvec, _row(basis, i), like)
-        return _add_exact(exact, basis, _row(basis, i), image, diagonal)
+        unit = _row(basis, i)
+        image = multiply(matvec, like, unit)
+        return _add_exact(exact, basis, unit, image, diagonal)
 
     def add_sample(carry, i):
         probe, rest = _probe(second, i, like, basis)
-        image = _product(matvec, rest, like)
+        image = multiply(matvec, like, rest)
         return _add_sample(carry, i, basis, probe, rest, image, diagonal)
 
-    exact = _loop(add_exact, zero(), width, traced)
+    exact = _loop(add_exact, exact, width, traced)
     count = num_probes - 2 * width
-    mean, total = _loop(add_sample, (zero(), zero()), count, traced)
-    value = jax.tree.map(jnp.add, exact, mean)
-    scale = (count * (count - 1)) ** -0.5 if count > 1 else jnp.nan
-    return Estimate(value, jax.tree.map(lambda t: jnp.sqrt(t) * scale, total))
+    mean, total = _loop(add_sample, (mean, total), count, traced)
+    return _finish(exact, mean, total, like, count, diagonal)
 
 
 @jax.jit
 def _coefficients(basis, images, key, i, like):
     """Q^T w, (A Q)^T w and ||w||^2 of normal test vector w."""
-    test = _draw(key, i, like, jax.random.normal)
-    return _coordinates(basis, test), _coordinates(images, test), vdot(test, test)
+    test = _rounded(key, i, like, jax.random.normal)
+    return project(basis, test), project(images, test), vdot(test, test)
 
 
 @functools.partial(jax.jit, static_argnames="dimension")
 def _leave_one_out(r, w, t, h, squares, dimension):
-    """The estimates without test vector i, shape (m,): the formulas under `trace`."""
+    """The mean over i of the estimates without vector i: the formulas of `trace`."""
     kept = jnp.diagonal(r) > 0
     full = jnp.all(kept)
     # Column i of R^-T is what the others lack: nothing once a vector was dropped, for
     # then the normal vectors span the range of H, with or without any one of them.
-    filled, eye = r + jnp.diag((~kept).astype(r.dtype)), jnp.eye(len(r), dtype=r.dtype)
+    filled, eye = r / magnitude(r), jnp.eye(len(r), dtype=r.dtype)
+    filled = filled + jnp.diag((~kept).astype(r.dtype))
     s = jax.scipy.linalg.solve_triangular(filled, eye, trans=1)
     s = jnp.where(full, s / jnp.linalg.norm(s, axis=0)[None], 0)
-    multiply = functools.partial(jnp.matmul, precision="highest")
+    matmul = functools.partial(jnp.matmul, precision="highest")
     dot = lambda a, b: jnp.sum(a * b, axis=0)
     x = w - s * dot(s, w)[None]
-    residual = dot(s, r) * dot(s, w) - dot(t, x) + dot(x, multiply(h, x))
+    residual = dot(s, r) * dot(s, w) - dot(t, x) + dot(x, matmul(h, x))
     # The normal vector's part off the basis, brought to its expected length.
     remaining = squares - dot(x, x)
     rest = float(dimension) - (jnp.sum(kept) - jnp.where(full, 1, 0)).astype(r.dtype)
     residual = residual * rest / jnp.where(remaining > 0, remaining, 1)
-    return jnp.trace(h) - dot(s, multiply(h, s)) + residual
+    found = jnp.trace(h) - dot(s, matmul(h, s)) + residual
+    unit = magnitude(found)
+    spread = unit * jnp.std(found / unit, ddof=1)
+    return Estimate(jnp.mean(found), spread / len(found) ** 0.5)
 
 
 def _xtrace(matvec, like, key, width, traced):
     first, _ = jax.random.split(key)
-    basis, r = _sketch(matvec, like, first, width, traced)
+    sketch, _ = _begin(like, width, False)
+    basis, r = _sketch(matvec, like, first, sketch, width, traced)
 
     def image(carry, i):
-        product = _product(matvec, _row(basis, i), like)
-        return _store(carry, i, (product, _coordinates(basis, product)))
+        found = multiply(matvec, like, _row(basis, i))
+        return _store_image(carry, i, basis, found)
 
     def coefficients(carry, i):
         return _store(carry, i, _coefficients(basis, images, first, i, like))
 
-    images, h = _loop(image, (_zeros(like, width), jnp.zeros_like(r)), width, traced)
+    images, h = _loop(image, _begin(like, width, False)[0], width, traced)
     carry = (jnp.zeros_like(r), jnp.zeros_like(r), jnp.zeros_like(r[0]))
     w, t, squares = _loop(coefficients, carry, width, traced)
-    found = _leave_one_out(r, w.T, t.T, h.T, squares, size(like))
-    return Estimate(jnp.mean(found), jnp.std(found, ddof=1) / width**0.5)
+    return _leave_one_out(r, w.T, t.T, h.T, squares, size(like))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _store_image(carry, i, basis, image):
+    return store(carry, i, (image, project(basis, image)))
 
 
 def _prepare(matvec, like, key, num_probes, method, methods):
-    """Check the arguments, and return matvec, the sketch's width, what is traced."""
+    """Check the arguments, and return the sketch's width and what is traced."""
     check_params(like)
     if method not in methods:
         raise ValueError(f"method is {method!r}: choose from {', '.join(methods)}")
@@ -239,8 +248,7 @@ def _prepare(matvec, like, key, num_probes, method, methods):
             f"{problem}a sketch of {width} vectors, more than the {size(like)} elements"
             " of `like`: take fewer, or multiply with the unit vectors, which is exact"
         )
-    leaves = jax.tree.leaves((matvec, like, key))
-    return matvec, width, any(isinstance(x, jax.core.Tracer) for x in leaves)
+    return width, is_traced(matvec, like, key)
 
 
 def trace(
@@ -297,7 +305,7 @@ def trace(
         Epperly, Tropp and Webber, XTrace (2024), Algorithm 1.2; c_i is from Epperly,
         Make the most of what you have (2025), section 13.1.
     """
-    matvec, width, traced = _prepare(matvec, like, key, num_probes, method, _ALL)
+    width, traced = _prepare(matvec, like, key, num_probes, method, _ALL)
     if method == "xtrace":
         return _xtrace(matvec, like, key, width, traced)
     return _deflated(matvec, like, key, num_probes, width, False, traced)
@@ -345,5 +353,5 @@ def diagonal(
         Deflation, on one side: Baston and Nakatsukasa, Stochastic diagonal estimation
         (2022); on both, as here, it is that of Hutch++.
     """
-    matvec, width, traced = _prepare(matvec, like, key, num_probes, method, _ALL[:2])
+    width, traced = _prepare(matvec, like, key, num_probes, method, _ALL[:2])
     return _deflated(matvec, like, key, num_probes, width, True, traced)

@@ -4,8 +4,8 @@
 
 | | |
 |---|---|
-| `spectral_density` | density, edges of the measured noise, outliers, semicircle |
-| `eigenvector_overlap` | measured overlaps of eigenvectors against Theorem 1 |
+| `spectral_density` | density, reach of the measured noise, outliers, semicircle |
+| `eigenvector_overlap` | overlaps of eigenvectors: measured, estimated, Theorem 1 |
 | `layer_spectra` | densities of several blocks, one above the other |
 | `squared_overlaps` | the numbers behind the overlaps |
 

@@ -28,6 +28,7 @@ def spectral_density(
     spectrum: Spectrum,
     *,
     outliers: Outliers | None = None,
+    noise: Spectrum | None = None,
     variance: Any = None,
     linear_width: float | None = None,
     ax: Axes | None = None,
@@ -36,15 +37,18 @@ def spectral_density(
 
     Height: the density, on a log axis that ends below the height of one eigenvalue of
     P. A node that stands for a single eigenvalue is a Gaussian of 1/250 of the axis'
-    length, one that stands for more fills the gaps beside it. Vertical lines: the edges
-    of the measured noise, +-`outliers.edge`. Points: eigenvalues of the batch that are
-    outliers, labelled with their values. Line: the semicircle of `variance`.
+    length, one that stands for more fills the gaps beside it. Vertical lines: how far
+    the measured noise reaches, to either side. Points: eigenvalues of the batch whose
+    vectors are outliers, labelled with their values. Line: the semicircle of
+    `variance`. Outliers may lie inside the reach of the noise, which has their own
+    directions in it.
 
     Args:
         spectrum: of the Hessian, from `rmtdamp.hessian.spectral_density`.
         outliers: of the same batch, from `rmtdamp.outliers.outliers`.
+        noise: of the same batch: `spectral_density` of `noise_matvec` of two halves.
         variance: s^2 of the semicircle, in the squared unit of an eigenvalue; default:
-            the variance that `outliers` measured, if given, else no semicircle.
+            P^-1 Tr X^2 of `noise`, if given, else no semicircle.
         linear_width: w, below which the axis is linear, in the unit of an eigenvalue;
             default: s, or where there is none the upper quartile of |lambda|, but at
             least a thousandth of the largest.
@@ -71,13 +75,14 @@ def spectral_density(
     References:
         Granziol and Baskerville, eq. 7 for the semicircle, whose norm is added.
     """
-    if variance is None and outliers is not None:
-        variance = outliers.variance
-    edge = () if outliers is None else (-outliers.edge, outliers.edge)
+    if variance is None and noise is not None:
+        variance = noise.moment(2)[0]
+    reached = () if noise is None else (float(np.max(np.abs(noise.nodes))),)
+    edge = [sign * x for x in reached for sign in (-1, 1)]
     seen = np.zeros(0)
     if outliers is not None:
         seen = np.asarray(outliers.eigenvalues)[np.asarray(outliers.is_outlier)]
-    reach = check_reach(spectrum, and_also=[*map(float, edge), *seen.tolist()])
+    reach = check_reach(spectrum, and_also=[*edge, *seen.tolist()])
     width = choose_width(spectrum, linear_width, variance)
     smoothed = Smoothed(spectrum, width, reach)
     floor = smoothed.one / 5
@@ -95,8 +100,8 @@ def spectral_density(
         ax.plot(x, np.maximum(law, floor), color=LAW, lw=1.5, label=label)
         top = max(top, float(law.max()))
     for i, x in enumerate(edge):
-        label = f"edges of the measured noise, ±{float(x):.2g}" if i else None
-        ax.axvline(float(x), color=NOISE, ls="--", lw=1, label=label)
+        label = f"reach of the measured noise, ±{x:.2g}" if i else None
+        ax.axvline(x, color=NOISE, ls="--", lw=1, label=label)
     ax.set_yscale("log")
     arsinh_axis(ax, width, reach)
     ax.set_xlim(smoothed.x[0], smoothed.x[-1])

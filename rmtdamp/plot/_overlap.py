@@ -7,7 +7,7 @@ import numpy as np
 
 from rmtdamp import rmt
 from rmtdamp.hessian import EigenPairs
-from rmtdamp.outliers import Outliers, spiked_law
+from rmtdamp.outliers import Outliers
 
 from ._axis import BULK, LAW, SPIKE, Axes, FuncFormatter, own_axes
 
@@ -51,42 +51,35 @@ def squared_overlaps(first: Any, second: Any) -> np.ndarray:
     return total**2
 
 
-def _measured_law(batch: Outliers, magnitudes: np.ndarray) -> np.ndarray:
-    """overlap^2 with the truth of what a batch shows, by its measured noise."""
-    edge = float(batch.edge)
-    dtype = batch.noise.nodes.dtype
-    outside = np.where(magnitudes > edge, magnitudes, 2 * edge + 1)
-    law = np.asarray(spiked_law(outside.astype(dtype), batch.noise)[1])
-    return np.where(magnitudes > edge, law, 0)
-
-
-def _theorem_1(batch: Outliers, magnitudes: np.ndarray) -> np.ndarray:
-    """The same by Theorem 1: noise of a semicircle of the same variance."""
-    variance = float(batch.variance)
+def _theorem_1(magnitudes: np.ndarray, variance: float) -> np.ndarray:
+    """overlap^2 with the truth of what a batch shows in noise of a semicircle."""
     true = np.asarray(rmt.true_eigenvalue(magnitudes, variance))
     true = np.where(np.isnan(true), 0, true)
     return np.asarray(rmt.overlap_squared(true, variance))
 
 
 def eigenvector_overlap(
-    first: Outliers, second: Outliers | EigenPairs, *, ax: Axes | None = None
+    first: Outliers,
+    second: Outliers | EigenPairs,
+    *,
+    variance: Any = None,
+    ax: Axes | None = None,
 ) -> Axes:
-    r"""Measured squared overlaps of eigenvectors against what theory predicts.
+    r"""Measured squared overlaps of eigenvectors beside what one batch tells of them.
 
     A batch shows a true eigenvector t as u = c t + (1 - c^2)^1/2 r, with c^2 its
-    squared overlap (Theorem 1) and r a unit vector of noise, without preferred
-    direction orthogonal to t. Hence, up to terms of order 1/P,
+    squared overlap and r a unit vector of noise orthogonal to t. Hence, up to terms of
+    order 1/P,
 
     - between a batch and the truth, for which the data set stands, <u, t>^2 = c^2;
     - between two independent batches <u_1, u_2>^2 = c_1^2 c_2^2, the product, since r_1
       and r_2 are independent: c^4 for batches of one size.
 
     Filled points: the eigenvector's best partner among those of `second`. Open points:
-    its squared projection on all of them, which is what the laws are about where
-    eigenvalues lie close to each other and their vectors mix. Lines: the prediction
-    from the measured noise (`rmtdamp.outliers.spiked_law`), and Theorem 1, for a
-    semicircle of the same variance. Shaded: inside the measured noise of `first`, where
-    there is no verdict.
+    its squared projection on all of them, which is what c^2 is about where eigenvalues
+    lie close to each other and their vectors mix. Crosses, for the outliers: the same
+    as estimated from the halves of the batch, c^2 or c_1^2 c_2^2. Line: Theorem 1, for
+    noise of a semicircle.
 
     A data set of N examples that holds the batch of B is the truth up to B/N.
 
@@ -94,27 +87,29 @@ def eigenvector_overlap(
         first: outliers of a batch.
         second: outliers of another batch, independent of the first, or eigenpairs that
             stand for the truth, such as those of the data set (`dataset_matvec`).
+        variance: s^2 of the semicircle, in the squared unit of an eigenvalue; default:
+            no line.
         ax: where to draw; default: a new figure.
 
     Returns:
         The axes.
 
     Raises:
-        TypeError: `first` is not `Outliers`: it is its noise that predicts.
+        TypeError: `first` is not `Outliers`, whose overlaps are estimated.
         ValueError: eigenvectors of different shapes.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from rmtdamp import plot
-        >>> from rmtdamp.hessian import hessian_matvec
-        >>> from rmtdamp.outliers import halves, outliers
+        >>> from rmtdamp.hessian import halves, hessian_matvec, split_half_eigsh
+        >>> from rmtdamp.outliers import outliers
         >>> def loss_fn(params, batch):
         ...     return jnp.mean((batch @ params) ** 2) / 2
         >>> data = jax.random.normal(jax.random.key(0), (2, 800, 50)).at[..., 0].mul(3)
         >>> params, found = jnp.zeros(50), []
         >>> for batch, key in zip(data, jax.random.split(jax.random.key(1))):
         ...     a, b = (hessian_matvec(loss_fn, params, h) for h in halves(batch))
-        ...     found.append(outliers(a, b, params, key, k=3))
+        ...     found.append(outliers(split_half_eigsh(a, b, params, key, k=3)))
         >>> ax = plot.eigenvector_overlap(*found)
         >>> ax.get_ylabel()
         'squared overlap'
@@ -125,31 +120,35 @@ def eigenvector_overlap(
     if not isinstance(first, Outliers):
         raise TypeError(
             f"first is of type {type(first).__name__}, and must be the Outliers of a "
-            "batch, whose noise makes the prediction: swap the two, or see "
+            "batch, whose overlaps are estimated: swap the two, or see "
             "rmtdamp.outliers.outliers"
         )
     overlaps = squared_overlaps(first, second)
-    batches = [x for x in (first, second) if isinstance(x, Outliers)]
+    estimate = np.asarray(first.overlaps_squared, np.float64)
+    batches = 1
+    if isinstance(second, Outliers):
+        estimate = estimate * np.asarray(second.overlaps_squared)[overlaps.argmax(1)]
+        batches = 2
+    out = np.asarray(first.is_outlier)
     seen = np.abs(np.asarray(first.eigenvalues, np.float64))
-    edge, s = float(first.edge), float(first.variance) ** 0.5
-    lower = 0.9 * min(float(seen.min()), edge, 2 * s or edge)
-    grid = np.geomspace(lower, 1.15 * max(float(seen.max()), edge), 400)
-    predict = lambda law: np.prod([law(batch, grid) for batch in batches], axis=0)
 
     ax = own_axes(ax, (7.0, 4.5))
-    ax.axvspan(grid[0], edge, color="0.92", lw=0, label="inside the measured noise")
-    beyond = grid > max(float(batch.edge) for batch in batches)
-    measured = np.where(beyond, predict(_measured_law), np.nan)
-    ax.plot(grid, measured, color=BULK, lw=1.5, label="law of the measured noise")
-    label = "Theorem 1 (semicircle)"
-    ax.plot(grid, predict(_theorem_1), color=LAW, lw=1.5, ls="--", label=label)
     every = overlaps.sum(1)
     label = f"projection on all {overlaps.shape[1]}"
     ax.plot(seen, every, "o", mfc="none", color=SPIKE, ms=7, label=label)
     ax.plot(seen, overlaps.max(1), ".", color=SPIKE, ms=7, label="best partner")
+    label = "estimated from the halves"
+    ax.plot(seen[out], estimate[out], "x", color=BULK, ms=7, label=label)
+    lower, upper = 0.9 * float(seen.min()), 1.15 * float(seen.max())
+    if variance is not None:
+        lower = min(lower, 0.9 * (2 * float(variance) ** 0.5 or lower))
+        grid = np.geomspace(lower, upper, 400)
+        law = _theorem_1(grid, float(variance)) ** batches
+        label = "Theorem 1 (semicircle)"
+        ax.plot(grid, law, color=LAW, lw=1.5, ls="--", label=label)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    ax.set_xlim(grid[0], grid[-1])
+    ax.set_xlim(lower, upper)
     ax.set_ylim(-0.03, 1.05)
     ax.set_xlabel("|λ| seen on the batch  (loss / parameter²)")
     ax.set_ylabel("squared overlap")

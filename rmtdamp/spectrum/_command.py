@@ -1,6 +1,7 @@
 """`python -m rmtdamp spectrum module:function`: a page about a model's Hessian."""
 
 import argparse
+import contextlib
 import importlib
 import inspect
 import json
@@ -26,7 +27,8 @@ import jax
 
 from rmtdamp._cli import Parser, number
 
-from ._measure import Watch, measure
+from ._measure import Report, measure
+from ._watch import Bars, Lines, Watch
 
 EXAMPLE = "rmtdamp.demo.spectrum_example:digits"
 
@@ -101,6 +103,13 @@ def parser() -> argparse.ArgumentParser:
         choices=("forward-over-reverse", "reverse-over-reverse"),
         default="forward-over-reverse",
         help="how products are differentiated; the second for a loss with a custom VJP",
+    )
+    add(
+        "--dense",
+        action=argparse.BooleanOptionalAction,
+        default=unset,
+        help="make the whole Hessian, whose numbers are exact (default: of at most "
+        "1,000 parameters)",
     )
     return out
 
@@ -182,23 +191,6 @@ def problem(target: str) -> tuple:
     return found
 
 
-class _Bars(Watch):
-    """A bar per stage, which counts passes over the data where it can."""
-
-    def __init__(self, progress: rich.progress.Progress):
-        self._progress, self._task = progress, None
-
-    def stage(self, name, products=None):
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(name, total=products)
-
-    def passing(self, batches):
-        yield from batches
-        if self._task is not None:
-            self._progress.advance(self._task)
-
-
 def _write(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
     """Whole or not at all."""
     part = path.with_name(path.name + ".part")
@@ -206,40 +198,47 @@ def _write(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
     os.replace(part, path)
 
 
-def _run(args) -> None:
+def _measured(args, watch: Watch) -> Report:
+    watch.stage(f"running {args.target}")
     loss_fn, params, batches = problem(args.target)
     try:  # before the long part
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CommandError(f"cannot write to {args.out}: {error}") from None
+    try:
+        report = measure(
+            loss_fn,
+            params,
+            batches,
+            jax.random.key(args.seed),
+            k=args.k,
+            num_steps=args.num_steps,
+            num_probes=args.num_probes,
+            batch_only=args.batch_only,
+            # No expression after --layers: every layer.
+            layers=args.layers or (None if args.layers is not None else ()),
+            mode=args.mode,
+            dense=args.dense,
+            watch=watch,
+        )
+        check_finite(report)
+    except (ValueError, TypeError) as error:
+        raise CommandError(str(error).strip().partition("\n")[0]) from error
+    return report
+
+
+def _run(args) -> None:
+    console = rich.console.Console(stderr=True)
     columns = (
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
         rich.progress.TimeElapsedColumn(),
     )
-    console = rich.console.Console(stderr=True)
-    with rich.progress.Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
-        try:
-            report = measure(
-                loss_fn,
-                params,
-                batches,
-                jax.random.key(args.seed),
-                k=args.k,
-                num_steps=args.num_steps,
-                num_probes=args.num_probes,
-                batch_only=args.batch_only,
-                # No expression after --layers: every layer.
-                layers=args.layers or (None if args.layers is not None else ()),
-                mode=args.mode,
-                watch=_Bars(progress),
-            )
-            check_finite(report)
-        except (ValueError, TypeError) as error:
-            raise CommandError(str(error).strip().partition("\n")[0]) from error
+    progress = rich.progress.Progress(*columns, console=console, transient=True)
+    lines = Lines(sys.stderr)
+    with progress if console.is_terminal else contextlib.closing(lines):
+        report = _measured(args, Bars(progress) if console.is_terminal else lines)
     settings = {key: value for key, value in vars(args).items() if key != "out"}
     text = json.dumps({"settings": settings} | as_json(report), allow_nan=False) + "\n"
     figure = picture(report, args.target)
@@ -257,7 +256,7 @@ def _run(args) -> None:
 
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit code."""
-    args = argparse.Namespace(k=None, layers=None)
+    args = argparse.Namespace(k=None, layers=None, dense=None)
     parser().parse_args(argv, args)
     try:
         _run(args)

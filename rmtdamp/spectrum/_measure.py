@@ -6,10 +6,13 @@ outliers).
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from rmtdamp._tree import check_params, size
 from rmtdamp._types import Batch, Key, LossFn, Matvec, Mode, Params
@@ -20,16 +23,25 @@ from rmtdamp.hessian import (
     Spectrum,
     dataset_matvec,
     eigsh,
+    halves,
     hessian_matvec,
+    hvp,
     moments,
+    noise_matvec,
     restrict,
     spectral_density,
+    split_half_eigsh,
+    sum_matvec,
     trace,
 )
-from rmtdamp.outliers import Outliers, halves, outliers
+from rmtdamp.outliers import Outliers, outliers
 
-from ._check import MIN_EXAMPLES, look
+from ._check import MIN_EXAMPLES, SPARE, check_product, look
+from ._exact import exact
+from ._watch import Watch
 
+# With at most so many parameters the whole matrix costs less than the estimates.
+_FEW = 1000
 _TRACE_PRODUCTS = 32
 # Relative residual asked of eigenvalues, whose error is of the order of its square.
 _TOL = 1e-3
@@ -50,24 +62,14 @@ class Report(NamedTuple):
     trace: Estimate  # (), of the data set's Hessian, in [H]
     largest: EigenPairs  # one: its largest eigenvalue
     smallest: EigenPairs  # one: its smallest, negative at most places
-    leading: EigenPairs  # k of largest magnitude
+    leading: EigenPairs  # k + 2 of largest magnitude
     density: Spectrum  # of the data set's Hessian
     moments: HessianMoments  # from the first batch, variance for batches of B
-    outliers: Outliers  # of the first batch
+    outliers: Outliers  # of the first batch, k or P / 4 of them
+    noise_density: Spectrum  # of the noise of the first batch's Hessian
     batch_density: Spectrum  # of the first batch's Hessian
     layers: dict[str, Spectrum]  # of diagonal blocks of the data set's Hessian
     notes: list[str]  # what a reader must know to read the rest
-
-
-class Watch:
-    """Told how far `measure` is; this one keeps it to itself."""
-
-    def stage(self, name: str, products: int | None = None) -> None:
-        """A stage begins, of so many products where that is known beforehand."""
-
-    def passing(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """One pass over the data begins."""
-        return iter(batches)
 
 
 def _num_microbatches(count: int) -> int:
@@ -156,31 +158,39 @@ def measure(
     batch_only: bool = False,
     layers: Sequence[str] | None = (),
     mode: Mode = "forward-over-reverse",
+    dense: bool | None = None,
     watch: Watch | None = None,
 ) -> Report:
     r"""Everything that `python -m rmtdamp spectrum` prints. Eager.
 
     Of the data set's Hessian: the trace (Hutchinson, 32 products), the largest and the
     smallest eigenvalue, the k of largest magnitude and the spectral density. Of the
-    first batch: m = P^-1 Tr Var(H_B) (`moments`), the outliers (`outliers`) and the
-    density.
+    first batch: m = P^-1 Tr Var(H_B) (`moments`), the outliers (`outliers`), the
+    density, and that of its noise.
 
     Cost: about num_probes * num_steps + 150 products over the data set, twice as many
     over the first batch, and num_probes * num_steps over the data set for each layer.
-    Memory: that of `eigsh` with k.
+    Memory: that of `eigsh` with k, and 4 k vectors like `params`.
+
+    Of at most 1,000 parameters the whole Hessian is made instead, at P products over
+    the data set and the first batch: trace, eigenvalues, densities and `moments` are
+    exact then, their standard errors 0 but for that of a variance from a few
+    microbatches.
 
     Args:
         loss_fn: `loss_fn(params, batch) -> scalar`, the mean loss.
-        params: pytree of P real floating numbers, P at least 5.
+        params: pytree of P real floating numbers, P at least 4.
         batches: iterable of batches that can be read again and again; the first, of B
             examples, stands for a training step's.
         key: a key of `jax.random`.
-        k: eigenvalues of largest magnitude; default 9, or P if that is less.
+        k: eigenvalues of largest magnitude; default 9, or P if that is less. No more
+            than P / 4 of the first batch are judged.
         num_steps: points per probe of each density; cut to P.
         num_probes: probes of each density, and of `moments`.
         batch_only: let the first batch stand for the data set.
         layers: regular expressions for `layer_spectra`; None for every layer.
         mode: how products are differentiated, see `rmtdamp.hessian.hvp`.
+        dense: whether to make the whole Hessian; default: of at most 1,000 parameters.
         watch: told how far things are.
 
     Returns:
@@ -191,7 +201,7 @@ def measure(
             batches that are not an iterable of batches or can be read only once.
         ValueError: batches that are empty, exhausted or different on the second pass,
             a first batch of fewer than 4 examples, a loss or a Hessian that is not
-            finite, fewer than 5 parameters, or what `eigsh` and `spectral_density`
+            finite, fewer than 4 parameters, or what `eigsh` and `spectral_density`
             refuse.
 
     Example:
@@ -206,16 +216,50 @@ def measure(
     """
     watch = Watch() if watch is None else watch
     watch.stage("looking at the data")
-    keys = iter(jax.random.split(key, 9))
-    problem = look(
-        loss_fn, params, batches, next(keys), mode=mode, batch_only=batch_only
-    )
+    keys = (jax.random.fold_in(key, i) for i in itertools.count())
+    problem = look(loss_fn, params, batches, mode=mode, batch_only=batch_only)
     first, count = problem.first, problem.counts[0]
     batch_only = batch_only or len(problem.counts) == 1
-    matvec = hessian_matvec(loss_fn, params, first, mode=mode)
-    if batch_only:
-        whole = matvec
-    else:
+    p, n = size(params), _num_microbatches(count)
+    k = min(9, p) if k is None else k
+    if not 1 <= k <= p:
+        raise ValueError(f"k is {k}, and must lie between 1 and the {p} parameters")
+    about = {
+        "num_parameters": p,
+        "num_examples": sum(problem.counts),
+        "num_batches": len(problem.counts),
+        "batch_size": count,
+        "batch_only": batch_only,
+        "loss": problem.loss,
+        "notes": problem.notes,
+    }
+    wanted = layers is None or layers
+    if p <= _FEW if dense is None else dense:
+        found = exact(
+            loss_fn,
+            params,
+            batches,
+            first,
+            k=k,
+            num_microbatches=n,
+            batch_only=batch_only,
+            blocks=_blocks(params, layers) if wanted else {},
+            mode=mode,
+            watch=watch,
+        )
+        return Report(**about, **found)
+
+    watch.stage("compiling Hessian-vector products")
+    a, b = (
+        hessian_matvec(loss_fn, params, half, mode=mode)
+        for half in halves(_rows(first, count - count % 2))
+    )
+    # The halves' compiled product serves for the batch, too.
+    matvec = sum_matvec((a, b), (0.5, 0.5))
+    if count % 2:
+        matvec = hessian_matvec(loss_fn, params, first, mode=mode)
+    whole = matvec
+    if not batch_only:
         other = functools.partial(hessian_matvec, mode=mode)
         whole = dataset_matvec(
             loss_fn,
@@ -224,11 +268,8 @@ def measure(
             matvec_fn=None if mode == "forward-over-reverse" else other,
             wrap=watch.passing,
         )
-    p = size(params)
-    # Nine have a basis as large as that of the noise's edge in `outliers`, so that
-    # little is compiled twice.
-    k = min(9, p) if k is None else k
-    basis_size = min(p, max(2 * k + 1, 20))
+    wide = max(k, min(k + SPARE, p))
+    basis_size = min(p, max(2 * wide + 1, 20))
     pairs = functools.partial(
         eigsh,
         whole,
@@ -240,7 +281,10 @@ def measure(
 
     # The quickest to refuse comes first.
     watch.stage("eigenvalues of largest magnitude")
-    leading = pairs(next(keys), k=k, which="LM")
+    leading = pairs(next(keys), k=wide, which="LM")
+    if not np.all(np.isfinite(leading.eigenvalues)):
+        probe = jax.tree.map(jnp.ones_like, params)
+        check_product(hvp(loss_fn, params, first, probe, mode=mode), params)
     watch.stage("largest eigenvalue")
     largest = pairs(next(keys), k=1, which="LA")
     watch.stage("smallest eigenvalue")
@@ -255,7 +299,6 @@ def measure(
     density = density_of(whole, key=next(keys))
 
     watch.stage("noise of the first batch")
-    n = _num_microbatches(count)
     noise = moments(
         loss_fn,
         params,
@@ -266,37 +309,30 @@ def measure(
         batch_size=count,
         mode=mode,
     )
-    a, b = (
-        hessian_matvec(loss_fn, params, half, mode=mode)
-        for half in halves(_rows(first, count - count % 2))
-    )
     watch.stage("outliers of the first batch")
     found = outliers(
-        a, b, params, next(keys), k=k, num_steps=num_steps, num_probes=num_probes
+        split_half_eigsh(
+            a, b, params, next(keys), k=min(k, p // 4), spare=SPARE, tol=_TOL
+        )
     )
-    key, layer_key = jax.random.split(next(keys))
+    noise_density = density_of(noise_matvec(a, b), key=next(keys))
     batch_density = density
     if not batch_only:
-        batch_density = density_of(matvec, key=key)
+        batch_density = density_of(matvec, key=next(keys))
 
     blocks = {}
-    if layers is None or layers:
+    if wanted:
         watch.stage("layers")
         blocks = layer_spectra(
             whole,
             params,
-            layer_key,
+            next(keys),
             select=layers,
             num_steps=num_steps,
             num_probes=num_probes,
         )
     return Report(
-        num_parameters=p,
-        num_examples=sum(problem.counts),
-        num_batches=len(problem.counts),
-        batch_size=count,
-        batch_only=batch_only,
-        loss=problem.loss,
+        **about,
         trace=total,
         largest=largest,
         smallest=smallest,
@@ -304,7 +340,7 @@ def measure(
         density=density,
         moments=noise,
         outliers=found,
+        noise_density=noise_density,
         batch_density=batch_density,
         layers=blocks,
-        notes=problem.notes,
     )

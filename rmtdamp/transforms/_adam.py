@@ -71,6 +71,12 @@ def with_damping(
         >>> [round(float(u), 3) for u in updates]
         [0.5, 0.667]
     """
+    if not callable(factory):
+        raise TypeError(
+            f"factory is a {type(factory).__name__}, a transformation that is already "
+            "made: hand over the function that makes it, with its arguments after, "
+            "with_damping(optax.adam)(1e-3)"
+        )
     signature = inspect.signature(factory)
     if argument not in signature.parameters:
         raise TypeError(

@@ -1,102 +1,77 @@
 """KFAC: the gradient divided by Kronecker-factored curvature, whose damping travels in.
 
-How the factors are measured is the business of a `factors_fn` (`rmtdamp.hessian.
-FactorsFn`, and `rmtdamp.flax` which makes one from a Flax model).
+    U = Q_A [Q_A^T D Q_G / (l_A l_G^T + delta)] Q_G^T
+
+How the factors are measured and averaged is the business of a `KroneckerMeasurer`.
 """
 
-import functools
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from rmtdamp._tree import accumulation_dtype, vdot
-from rmtdamp._types import Batch, Params
-from rmtdamp.hessian._factors import Curvature
+from rmtdamp._checks import check_choice, check_every
+from rmtdamp._tree import vdot
+from rmtdamp.kronecker import Block, Eigenbasis, FactorsFn, from_matrix, to_matrix
 
-from ._by_hand import (
-    check_every,
-    only_state,
-    replaced,
-    warn_of_slow_convolutions,
-)
-from ._kfac_state import KFACState, Tikhonov, initial_state, measure, precondition
-from ._owner import check_whole
+from ._kronecker import KroneckerMeasurer, KroneckerState
+from ._measurer import check_whole, refresh_in_step
+from ._optimiser import check_damping, damping_in_force, optimiser
+
+Tikhonov = Literal["eigenvalues", "factored"]
 
 
-@functools.partial(jax.jit, static_argnames="factors_fn")
-def _measure(factors_fn, state, params, batch, loss_args, decay, eigen):
-    return measure(factors_fn, state, params, batch, loss_args, decay, eigen)
+class ScaleByKFACState(NamedTuple):
+    """State of `scale_by_kfac`."""
 
-
-@functools.partial(jax.jit, static_argnames="factors_fn")
-def _measure_if(due, factors_fn, state, params, batch, loss_args, decay, eigen):
-    return jax.lax.cond(
-        due,
-        lambda: measure(factors_fn, state, params, batch, loss_args, decay, eigen),
-        lambda: state,
-    )
+    count: Any  # (), int32, steps taken
+    measured: KroneckerState  # changes when the factors are measured
+    kfac_fallbacks: jax.Array  # (), int32, steps that left out singular directions
 
 
 def scale_by_kfac(
-    factors_fn: Curvature,
+    measurer: KroneckerMeasurer | FactorsFn,
     *,
-    damping: optax.ScalarOrSchedule = 1e-3,
-    factor_decay: jax.typing.ArrayLike = 0.95,
-    factor_every: int | None = 10,
-    eigen_every: int = 100,
+    damping: optax.ScalarOrSchedule | None = None,
     tikhonov: Tikhonov = "eigenvalues",
-    ekfac: bool = False,
-    kl_clip: jax.typing.ArrayLike | None = None,
-    learning_rate: optax.ScalarOrSchedule = 1.0,
-    seed: jax.typing.ArrayLike = 0,
+    refresh_every: int | None = 10,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Divide the gradient by Kronecker-factored curvature plus a damping.
 
-    A layer's curvature is A x G (`FactorsFn`), with A = Q_A diag(l_A) Q_A^T and G
-    likewise. For D the gradient of its weight matrix, the bias a last row, and delta
+    A layer's curvature is A x G (`rmtdamp.kronecker`), with A = Q_A diag(l_A) Q_A^T and
+    G likewise. For D the gradient of its weight matrix, the bias a last row, and delta
     the damping,
 
         tikhonov="eigenvalues":  U = Q_A [Q_A^T D Q_G / (l_A l_G^T + delta)] Q_G^T,
 
     which is (A x G + delta I)^-1 vec(D). "factored" divides by
     (l_A + pi sqrt(delta)) (l_G + sqrt(delta)/pi)^T in place of it, pi^2 the ratio of
-    the mean eigenvalues of A and G. `ekfac=True` takes for l_A l_G^T the measured
-    diagonal of the curvature in this basis. Leaves outside layers have a diagonal
-    block: d / (diagonal + delta).
+    the mean eigenvalues of A and G. `KroneckerMeasurer(ekfac=True)` takes for l_A l_G^T
+    the measured diagonal of the curvature in this basis. Leaves outside layers have a
+    diagonal block: d / (diagonal + delta).
 
-    A and G are averaged with `factor_decay`, debiased, and measured every
-    `factor_every` steps, the first included; their eigenvectors follow every
-    `eigen_every` steps. delta is added at each step, so a new one acts at once. It is
-    that of the owner around (`auto_damping`, `set_damping`), and the argument's where
-    there is none. Its unit is a Hessian eigenvalue.
-
-    `kl_clip` shrinks the whole step u to nu u, nu = min(1, sqrt(kl_clip /
-    (alpha^2 sum u g))), alpha the `learning_rate`.
+    A and G are measured and averaged every `refresh_every` steps, the first included;
+    their eigenvectors follow more rarely. delta is added at each step, so a new one
+    acts at once. It is that of `auto_damping` or `set_damping` around it, and the
+    argument's where there is none. Its unit is a Hessian eigenvalue.
 
     `update(grads, state, params, batch=batch, loss_args=())`. In the state, for
     logging: "kfac_measurements", "kfac_rejections" (not finite; the last good factors
     stay), "eigen_refreshes", "kfac_fallbacks" (steps with damping 0 and a singular
     block: directions without curvature were left out).
 
-    When to measure by hand. `factor_every=None` never measures in the step; call
-    `refresh_factors` when it suits: for convolutional networks on a CPU, where XLA
-    runs convolutions inside a conditional some thirty times slower, and inside
-    `optax.MultiSteps` and under `vmap`, which pay for a measurement at each step.
+    When to measure by hand: `refresh_every=None` never measures in the step; call
+    `rmtdamp.refresh` with the measurer, see there.
 
     Args:
-        factors_fn: measures the factors; made once.
-        damping: delta, a number or a schedule of the step, for use without an owner.
-        factor_decay: weight of the past in the averages, in [0, 1).
-        factor_every: steps between measurements, at least 1; None for by hand.
-        eigen_every: steps between eigendecompositions, a multiple of `factor_every`.
+        measurer: measures and averages the factors, or a `factors_fn` for one with the
+            defaults.
+        damping: delta, a number or a schedule of the step, for use without
+            `auto_damping` and `set_damping`. There is no default: 0.001 to 1 have all
+            been best for some learning rate and task.
         tikhonov: "eigenvalues" or "factored".
-        ekfac: measure the diagonal in the eigenbasis too, at each measurement.
-        kl_clip: bound of the step's squared length in the curvature; None for none.
-        learning_rate: alpha, for `kl_clip` alone.
-        seed: of sampled labels, which are a function of it and the measurement's
-            number: the same on every device and after a restart.
+        refresh_every: steps between measurements, at least 1; None for by hand.
 
     Returns:
         A transformation whose `update` takes `damping`, a scalar, and `batch`. Updates
@@ -105,22 +80,25 @@ def scale_by_kfac(
     Raises:
         ValueError: a number out of its range, an unknown `tikhonov`, EKFAC with
             factored damping; from `init` or `update`: params missing, with holes or
-            not those of `factors_fn.blocks`, a missing batch.
+            not those of the factors' blocks, a missing batch, no damping.
+        TypeError: `measurer` is something else, such as a loss function.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> import rmtdamp
-        >>> from rmtdamp.hessian import FactorsFn, make_blocks
+        >>> from rmtdamp.kronecker import ModelFactors, make_blocks
         >>> def model_fn(params, x, tape):
         ...     return tape.linear("dense", x, x @ params["w"])
-        >>> def loss_fn(outputs, targets):
+        >>> def criterion(outputs, targets):
         ...     return 0.5 * jnp.mean(jnp.sum((outputs - targets) ** 2, axis=1))
         >>> params = {"w": jnp.zeros((2, 3))}
-        >>> blocks = make_blocks(params, {"dense": {"kernel": "w"}})
-        >>> factors_fn = FactorsFn(
-        ...     model_fn=model_fn, loss_fn=loss_fn, blocks=blocks, fisher="ggn"
+        >>> factors_fn = ModelFactors(
+        ...     model_fn=model_fn,
+        ...     criterion=criterion,
+        ...     blocks=make_blocks(params, {"dense": {"kernel": "w"}}),
+        ...     fisher="ggn",
         ... )
-        >>> tx = rmtdamp.transforms.scale_by_kfac(factors_fn, damping=0.5)
+        >>> tx = rmtdamp.scale_by_kfac(factors_fn, damping=0.5)
         >>> batch = jnp.eye(2), jnp.ones((2, 3))
         >>> updates, state = tx.update(
         ...     {"w": jnp.ones((2, 3))}, tx.init(params), params, batch=batch
@@ -132,20 +110,27 @@ def scale_by_kfac(
         Martens and Grosse, Optimizing neural networks with Kronecker-factored
         approximate curvature, 2015, sections 3 to 6. Grosse and Martens, 2016, for
         convolutions. George et al., 2018, for EKFAC. Granziol and Baskerville, section
-        7: delta added to the products of eigenvalues. KL clip: Ba, Grosse and Martens,
-        Distributed second-order optimization using Kronecker-factored approximations,
-        2017, section 5.
+        7: delta added to the products of eigenvalues.
     """
-    _check_arguments(damping, factor_decay, factor_every, eigen_every, tikhonov, ekfac)
-    fallback, blocks = damping, factors_fn.blocks
-    warned = False
+    if not isinstance(measurer, KroneckerMeasurer):
+        measurer = KroneckerMeasurer(measurer)
+    check_damping(damping)
+    check_choice("tikhonov", tikhonov, get_args(Tikhonov))
+    check_every("refresh_every", refresh_every, or_never=True)
+    if measurer.ekfac and tikhonov == "factored":
+        raise ValueError(
+            "ekfac=True has no factors left to damp one by one: take "
+            "tikhonov='eigenvalues' with it"
+        )
+    own, blocks = damping, measurer.factors_fn.blocks
 
     def init(params):
         check_whole(params, "scale_by_kfac")
         leaves = jax.tree.leaves(params)
         if leaves:
             _check_leaves(blocks, leaves, "params")
-        return initial_state(blocks, accumulation_dtype(params), seed, ekfac)
+        zero = lambda: jnp.zeros((), jnp.int32)
+        return ScaleByKFACState(zero(), measurer.init(params), zero())
 
     def update(
         updates,
@@ -155,147 +140,141 @@ def scale_by_kfac(
         damping=None,
         batch=None,
         loss_args=(),
+        curvature_batch=None,
         **extra_args,
     ):
-        nonlocal warned
+        del extra_args
         leaves, treedef = jax.tree.flatten(updates)
-        if factor_every is not None and leaves:
-            _check_present(params, batch)
-            arguments = (factors_fn, state, params, batch, loss_args, factor_decay)
-            eigen = _due(state.count, eigen_every)
-            if isinstance(factor_every, int) and factor_every == 1:
-                state = _measure(*arguments, eigen)
-            else:
-                if not warned:
-                    _warn_of_slow_convolutions(factors_fn, params, batch, loss_args)
-                    warned = True
-                state = _measure_if(_due(state.count, factor_every), *arguments, eigen)
-        _check_leaves(blocks, leaves, "the gradient")
-        if damping is None:
-            damping = fallback(state.count) if callable(fallback) else fallback
-        dtype = state.factor_weight.dtype
-        delta = jnp.asarray(damping).astype(dtype)
-        out, singular = precondition(blocks, state, leaves, delta, tikhonov)
-        if kl_clip is not None:
-            alpha = learning_rate
-            alpha = alpha(state.count) if callable(alpha) else alpha
-            alpha, bound = (jnp.asarray(x).astype(dtype) for x in (alpha, kl_clip))
-            length = alpha**2 * vdot(out, leaves)
-            clips = length > bound
-            nu = jnp.where(clips, jnp.sqrt(bound / jnp.where(clips, length, 1)), 1)
-            out = [nu * u for u in out]
-        state = state._replace(
-            count=optax.safe_increment(state.count),
-            kfac_fallbacks=state.kfac_fallbacks + singular.astype(jnp.int32),
+        measured = refresh_in_step(
+            "scale_by_kfac",
+            measurer,
+            refresh_every,
+            state,
+            updates,
+            params,
+            batch=batch,
+            loss_args=loss_args,
+            curvature_batch=curvature_batch,
         )
+        _check_leaves(blocks, leaves, "the gradient")
+        dtype = measured.factor_weight.dtype
+        delta = damping_in_force("scale_by_kfac", damping, own, state.count, dtype)
+        out, singular = _divided(blocks, measured, leaves, delta, tikhonov)
         out = [u.astype(leaf.dtype) for u, leaf in zip(out, leaves, strict=True)]
-        return jax.tree.unflatten(treedef, out), state
+        return jax.tree.unflatten(treedef, out), ScaleByKFACState(
+            optax.safe_increment(state.count),
+            measured,
+            state.kfac_fallbacks + singular.astype(jnp.int32),
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def refresh_factors(
-    opt_state: optax.OptState,
-    factors_fn: Curvature,
-    params: Params,
-    batch: Batch,
+def kfac(
+    learning_rate: optax.ScalarOrSchedule,
+    measurer: KroneckerMeasurer | FactorsFn,
     *,
-    loss_args: tuple = (),
-    factor_decay: jax.typing.ArrayLike = 0.95,
-    eigen: bool = True,
-) -> optax.OptState:
-    """Measure the factors now: the by-hand twin of `scale_by_kfac`'s measurement.
+    damping: optax.ScalarOrSchedule | None = None,
+    tikhonov: Tikhonov = "eigenvalues",
+    refresh_every: int | None = 10,
+    kl_clip: jax.typing.ArrayLike | None = 0.01,
+    momentum: jax.typing.ArrayLike | None = 0.9,
+    nesterov: bool = False,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""KFAC as the paper's experiments ran it: KL clip, then momentum, then the rate.
 
-    One compiled call of its own, outside the training step. The state of KFAC is found
-    in any chain or wrapper (`auto_damping`, `optax.MultiSteps`, ...).
+    `scale_by_kfac`, the clip, a sum of past steps that decays by `momentum`, decoupled
+    weight decay and the learning rate alpha. With u the divided gradient g, the clip
+    shrinks the whole step to nu u, nu = min(1, sqrt(kl_clip / (alpha^2 sum u g))).
+
+    To learn the damping put it inside `auto_damping`; without it and without
+    `set_damping`, `damping` must be given.
 
     Args:
-        opt_state: the optimiser's state, with one `scale_by_kfac` in it.
-        factors_fn: the one that `scale_by_kfac` was given.
-        params: pytree of real floating arrays.
-        batch: the training batch.
-        loss_args: further arguments of the model.
-        factor_decay: weight of the past in the averages.
-        eigen: whether to renew the eigenbases too.
+        learning_rate: alpha, a number or a schedule.
+        measurer: measures and averages the factors, or a `factors_fn` for a
+            `KroneckerMeasurer` with the defaults.
+        damping: delta, a number or a schedule, in the unit of a Hessian eigenvalue.
+        tikhonov: "eigenvalues" or "factored".
+        refresh_every: steps between measurements; None for `rmtdamp.refresh` by hand.
+        kl_clip: bound of the step's squared length in the curvature; None for none.
+        momentum: decay of the sum of past steps; None for none.
+        nesterov: Nesterov momentum.
+        weight_decay: decoupled, multiplied by the learning rate, as in `optax.adamw`.
+        mask: which params decay: a tree of bools or a function that makes one.
 
     Returns:
-        `opt_state` with new factors; all else is untouched.
+        A gradient transformation.
 
     Raises:
-        ValueError: none or several KFAC states in `opt_state`, or a bad batch.
+        ValueError: as `scale_by_kfac`.
+        TypeError: as `scale_by_kfac`.
 
     Example:
-        >>> import jax.numpy as jnp, optax
+        >>> import jax, jax.numpy as jnp, optax
         >>> import rmtdamp
-        >>> from rmtdamp.hessian import FactorsFn, make_blocks
-        >>> factors_fn = FactorsFn(
-        ...     model_fn=lambda params, x, tape: x @ params,
-        ...     loss_fn=lambda z, y: 0.5 * jnp.mean((z - y) ** 2),
-        ...     blocks=make_blocks(jnp.zeros(2), {}),
+        >>> from rmtdamp.kronecker import ModelFactors, make_blocks
+        >>> def model_fn(params, x, tape):
+        ...     return tape.linear("dense", x, x @ params["w"])
+        >>> def criterion(outputs, targets):
+        ...     return 0.5 * jnp.mean((outputs - targets) ** 2)
+        >>> params = {"w": jnp.zeros((2, 1))}
+        >>> factors_fn = ModelFactors(
+        ...     model_fn=model_fn,
+        ...     criterion=criterion,
+        ...     blocks=make_blocks(params, {"dense": {"kernel": "w"}}),
         ...     fisher="ggn",
         ... )
-        >>> params, batch = jnp.zeros(2), (jnp.eye(2), jnp.ones(2))
-        >>> tx = rmtdamp.transforms.scale_by_kfac(factors_fn, factor_every=None)
+        >>> tx = rmtdamp.kfac(1.0, factors_fn, damping=1e-6, momentum=None)
+        >>> batch = jnp.array([[1.0, 0.0], [0.0, 9.0]]), jnp.ones((2, 1))
         >>> state = tx.init(params)
-        >>> state = rmtdamp.transforms.refresh_factors(state, factors_fn, params, batch)
-        >>> int(optax.tree.get(state, "kfac_measurements"))
-        1
+        >>> def loss(params):
+        ...     return criterion(batch[0] @ params["w"], batch[1])
+        >>> for _ in range(20):
+        ...     updates, state = tx.update(
+        ...         jax.grad(loss)(params), state, params, batch=batch
+        ...     )
+        ...     params = optax.apply_updates(params, updates)
+        >>> print(f"{loss(params):.3f}")
+        0.000
+
+    References:
+        Granziol and Baskerville, section 7. KL clip: Ba, Grosse and Martens,
+        Distributed second-order optimization using Kronecker-factored approximations,
+        2017, section 5.
     """
-    state = only_state(
-        opt_state,
-        KFACState,
-        "KFAC",
-        "refresh_factors needs exactly one: put one scale_by_kfac or kfac into the "
-        "chain",
+    scaled = scale_by_kfac(
+        measurer, damping=damping, tikhonov=tikhonov, refresh_every=refresh_every
     )
-    new = _measure(factors_fn, state, params, batch, loss_args, factor_decay, eigen)
-    return replaced(opt_state, state, new)
+    if kl_clip is not None:
+        scaled = _clipped(scaled, learning_rate, kl_clip)
+    return optimiser(
+        scaled,
+        learning_rate,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        mask=mask,
+    )
 
 
-def _due(count, every):
-    # Under inject_hyperparams `every` is an array, of a floating dtype at that.
-    every = every if isinstance(every, int) else jnp.asarray(every).astype(count.dtype)
-    return count % every == 0
+def _clipped(inner, learning_rate, kl_clip) -> optax.GradientTransformationExtraArgs:
+    """`inner` with its step shortened where alpha^2 u . g exceeds `kl_clip`."""
 
+    def update(updates, state, params=None, **extra_args):
+        new, after = inner.update(updates, state, params, **extra_args)
+        alpha = learning_rate
+        alpha = alpha(state.count) if callable(alpha) else alpha
+        dtype = state.measured.factor_weight.dtype
+        alpha, bound = (jnp.asarray(x).astype(dtype) for x in (alpha, kl_clip))
+        length = alpha**2 * vdot(new, updates).astype(dtype)
+        clips = length > bound
+        nu = jnp.where(clips, jnp.sqrt(bound / jnp.where(clips, length, 1)), 1)
+        return jax.tree.map(lambda u: u * nu.astype(u.dtype), new), after
 
-def _check_arguments(damping, decay, factor_every, eigen_every, tikhonov, ekfac):
-    number = int | float | np.number
-    if isinstance(damping, number) and damping < 0:
-        raise ValueError(f"damping is {damping}, and must be at least 0")
-    if isinstance(decay, number) and not 0 <= decay < 1:
-        raise ValueError(f"factor_decay is {decay}, and must be in [0, 1)")
-    check_every("factor_every", factor_every, or_never=True)
-    check_every("eigen_every", eigen_every, or_never=False)
-    both = isinstance(factor_every, int) and isinstance(eigen_every, int)
-    if both and eigen_every % factor_every:
-        raise ValueError(
-            f"eigen_every is {eigen_every}, and must be a multiple of factor_every, "
-            f"{factor_every}: bases are renewed when factors are measured"
-        )
-    if tikhonov not in Tikhonov.__args__:
-        raise ValueError(
-            f"tikhonov is {tikhonov!r}: choose from {', '.join(Tikhonov.__args__)}"
-        )
-    if ekfac and tikhonov == "factored":
-        raise ValueError(
-            "ekfac=True has no factors left to damp one by one: take "
-            "tikhonov='eigenvalues' with it"
-        )
-
-
-def _check_present(params, batch) -> None:
-    if params is None:
-        raise ValueError(
-            "scale_by_kfac needs params, where it measures the factors: "
-            "tx.update(grads, state, params, batch=batch)"
-        )
-    check_whole(params, "scale_by_kfac")
-    if batch is None:
-        raise ValueError(
-            "scale_by_kfac needs the batch to measure the factors on: "
-            "tx.update(grads, state, params, batch=batch), or factor_every=None and "
-            "refresh_factors by hand"
-        )
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def _check_leaves(blocks, leaves, name) -> None:
@@ -311,14 +290,88 @@ def _check_leaves(blocks, leaves, name) -> None:
         )
 
 
-def _warn_of_slow_convolutions(factors_fn, params, batch, loss_args) -> None:
-    warn_of_slow_convolutions(
-        lambda p, b, *args: factors_fn(p, b, jax.random.key(0), *args),
-        params,
-        batch,
-        loss_args,
-        subject="model",
-        place="the conditional of a training step",
-        way_out="factor_every=None and call refresh_factors by hand every 10 steps",
-        stacklevel=3,
-    )
+def damped_eigenvalues(
+    basis: Eigenbasis, damping: jax.Array, tikhonov: Tikhonov = "eigenvalues"
+) -> jax.Array:
+    """l_A l_G + delta, or (l_A + pi sqrt(delta)) (l_G + sqrt(delta) / pi).
+
+    Returns:
+        (groups, rows, columns), the damped curvature in the eigenbasis.
+    """
+    a, g = basis.input_values, basis.output_values
+    if tikhonov == "eigenvalues":
+        return a[:, :, None] * g[:, None, :] + damping
+    # pi^2, the ratio of the mean eigenvalues; 1 where one of the factors is zero
+    mean_a, mean_g = jnp.mean(a, axis=1), jnp.mean(g, axis=1)
+    usable = (mean_a > 0) & (mean_g > 0)
+    ratio = jnp.where(usable, mean_a, 1) / jnp.where(usable, mean_g, 1)
+    pi, root = jnp.sqrt(ratio)[:, None], jnp.sqrt(damping)
+    return (a + pi * root)[:, :, None] * (g + root / pi)[:, None, :]
+
+
+def _quotient(numerator, curvature, damping, size):
+    """Quotient, and whether directions without curvature or damping were left out.
+
+    With a damping any curvature will do; without, what is below the rounding of an
+    eigendecomposition of `size` rows is zero, and nothing moves there.
+
+    Returns:
+        The quotient, and a bool.
+    """
+    epsilon = size * jnp.finfo(curvature.dtype).eps
+    largest = jnp.max(curvature, initial=0)
+    regular = curvature > jnp.where(damping > 0, 0, epsilon * largest)
+    quotient = numerator / jnp.where(regular, curvature, 1)
+    return jnp.where(regular, quotient, 0), ~jnp.all(regular)
+
+
+def _divided(
+    blocks: tuple[Block, ...],
+    state: KroneckerState,
+    leaves: list[jax.Array],
+    damping: jax.Array,
+    tikhonov: Tikhonov,
+) -> tuple[list[jax.Array], jax.Array]:
+    """(curvature + delta)^-1 times the gradient, block by block.
+
+    Args:
+        blocks: of the params.
+        state: with the bases to use.
+        leaves: of the gradient.
+        damping: delta.
+        tikhonov: how it is added to Kronecker blocks.
+
+    Returns:
+        The leaves of the result in the dtype of the factors, and whether singular
+        directions were left out.
+    """
+    dtype = state.factor_weight.dtype
+    out: list[jax.Array] = list(leaves)
+    singular = jnp.asarray(False)
+    layer = diagonal = 0
+    product = lambda spec, x, y: jnp.einsum(spec, x, y, precision="highest")
+    for block in blocks:
+        chosen = [leaves[place].astype(dtype) for place in block.leaves]
+        if block.groups:
+            basis = state.bases[layer]
+            if state.scales:
+                curvature = state.scales[layer] + damping
+            else:
+                curvature = damped_eigenvalues(basis, damping, tikhonov)
+            rotated = product("kab,kao->kbo", basis.inputs, to_matrix(block, chosen))
+            rotated = product("kbo,kop->kbp", rotated, basis.outputs)
+            size = max(block.rows, block.columns)
+            divided, left_out = _quotient(rotated, curvature, damping, size)
+            back = product("kab,kbp->kap", basis.inputs, divided)
+            back = product("kap,kop->kao", back, basis.outputs)
+            results = from_matrix(block, back)
+            layer += 1
+        else:
+            curvature = state.diagonal[diagonal] + damping
+            divided, left_out = _quotient(chosen[0], curvature, damping, 1)
+            results = [divided]
+            diagonal += 1
+        for place, result in zip(block.leaves, results, strict=True):
+            out[place] = result
+        singular |= left_out
+    return out, singular

@@ -1,47 +1,41 @@
 r"""batch, gradient -> Ritz pairs of the batch Hessian -> a damped Newton step (eq. 9).
 
-Lanczos' iteration gives m Ritz values lambda_i and orthonormal Ritz vectors phi_i, a
-pytree like params with a leading axis m, cached in the state. Along them the gradient
+Along the Ritz vectors phi_i, a pytree like params with a leading axis m, the gradient
 is divided by eta (|lambda_i| + delta), elsewhere by delta. The gradient's part along
 them is taken off in two passes: 1/delta would magnify what one leaves by rounding.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from rmtdamp._tree import check_params, norm, num_examples
-from rmtdamp._types import LossFn, Matvec
-from rmtdamp.hessian import hessian_matvec
-from rmtdamp.hessian._lanczos import BREAKDOWN, combine, project
+from rmtdamp._basis import BREAKDOWN, combine, project
+from rmtdamp._checks import check_every, check_range
+from rmtdamp._tree import norm
+from rmtdamp._types import LossFn
 
-from ._by_hand import check_every
-from ._krylov import Cleaning, Krylov, RitzSubspace, Start, refresh_if
-from ._owner import check_whole
+from ._measurer import check_whole, refresh_in_step
+from ._optimiser import damping_in_force, optimiser
+from ._ritz import RitzMeasurer, RitzSubspace
 
 
 class ScaleByLanczosState(NamedTuple):
     """State of `scale_by_lanczos`."""
 
     count: Any  # (), int32, steps taken
+    measured: RitzSubspace  # changes when it is refreshed
     damping_fallbacks: jax.Array  # (), int32, steps whose damping was not above 0
-    subspace: RitzSubspace  # changes when it is refreshed
 
 
-class LanczosTransformation(optax.GradientTransformationExtraArgs):
-    """A gradient transformation that knows how its subspace is measured."""
-
-    krylov: Krylov
-
-
-def remembering(tx, krylov: Krylov) -> LanczosTransformation:
-    made = LanczosTransformation(tx.init, tx.update)
-    made.krylov = krylov
-    return made
+def _check_positive(damping) -> None:
+    check_range(
+        "damping",
+        damping,
+        lambda x: x > 0,
+        "above 0: outside the subspace it is divided by",
+    )
 
 
 @jax.jit
@@ -65,110 +59,58 @@ def _step(subspace: RitzSubspace, g, delta, divisor):
     ]
 
 
-def _check_positive(name, value):
-    if isinstance(value, int | float | np.number) and not value > 0:
-        way_out = "" if name != "damping" else ": outside the subspace it is divided by"
-        raise ValueError(f"{name} is {value}, and must be above 0{way_out}")
-
-
-def checked_data(params, batch, curvature_batch):
-    if params is None:
-        raise ValueError(
-            "scale_by_lanczos needs params, where it measures the curvature: "
-            "tx.update(grads, state, params, batch=batch)"
-        )
-    check_whole(params, "scale_by_lanczos")
-    check_params(params)
-    data = batch if curvature_batch is None else curvature_batch
-    if data is None:
-        raise ValueError(
-            "scale_by_lanczos needs the batch to measure the curvature on: "
-            "tx.update(grads, state, params, batch=batch), or every=None and "
-            "refresh_lanczos by hand"
-        )
-    num_examples(data, "batch" if curvature_batch is None else "curvature_batch")
-    return data
-
-
 def scale_by_lanczos(
-    loss_fn: LossFn,
+    measurer: RitzMeasurer | LossFn,
     *,
-    num_steps: int,
-    damping: optax.ScalarOrSchedule,
+    damping: optax.ScalarOrSchedule | None = None,
     sharp_divisor: jax.typing.ArrayLike = 1.0,
-    every: int | None = 1,
-    start: Start = "random",
-    matvec_fn: Callable[..., Matvec] = hessian_matvec,
-    cleaning: Cleaning | None = None,
-    variance: jax.typing.ArrayLike | None = None,
-    seed: jax.typing.ArrayLike = 0,
-    precision: str | None = "highest",
-) -> LanczosTransformation:
+    refresh_every: int | None = 1,
+) -> optax.GradientTransformationExtraArgs:
     r"""A Newton step along the sharp directions of the batch Hessian (eq. 9).
 
-    With g the gradient, lambda_i and phi_i the m = `num_steps` Ritz pairs of the batch
-    Hessian, eta = `sharp_divisor` and delta the damping,
+    With g the gradient, lambda_i and phi_i the m Ritz pairs of the batch Hessian,
+    eta = `sharp_divisor` and delta the damping,
 
         u = eta^-1 sum_i (phi_i . g) / (|lambda_i| + delta) phi_i + delta^-1 r,
         r = g - sum_i (phi_i . g) phi_i.
 
     This is (|H| + delta I)^-1 g where m = P and the eigenvalues are distinct, or where
-    `start` is the gradient and m the number of distinct ones. A random start sees the
-    sharpest directions, and the rest moves at 1/delta: keep the learning rate over
-    delta below 2 / |lambda| for the sharpest one left out (an eigenvalue counts once,
-    however many directions it has). A start at the gradient leaves no rest in the step
-    that measures: all of g is in the Krylov space, and the 1/delta term is void.
+    Lanczos' iteration starts at the gradient and m is the number of distinct ones. A
+    random start sees the sharpest directions, and the rest moves at 1/delta: keep the
+    learning rate over delta below 2 / |lambda| for the sharpest one left out (an
+    eigenvalue counts once, however many directions it has). A start at the gradient
+    leaves no rest in the step that measures: all of g is in the Krylov space, and the
+    1/delta term is void.
 
     `update(grads, state, params, batch=batch, loss_args=(), curvature_batch=None)`, as
-    in `auto_damping`. The subspace is measured in every `every`-th step, the first
-    included, and cached, while the damping acts at once. With `every=None` it is
-    measured by `refresh_lanczos` alone (before the first time, u = g / delta): on a CPU
-    for convolutional networks, inside `optax.MultiSteps` and under `vmap`.
+    in `auto_damping`. The subspace is measured in every `refresh_every`-th step, the
+    first included, and kept, while the damping acts at once. With `refresh_every=None`
+    it is measured by `rmtdamp.refresh` alone (before the first time, u = g / delta).
 
     In the state, for logging: "ritz_values", "cleaned_ritz_values", "ritz_vectors",
     "subspace_refreshes", "subspace_rejections" (refreshes that were not finite, after
     which the last good subspace stays), "damping_fallbacks" (steps whose damping was
-    not above 0, taken with the constructor's).
+    not above 0, taken with the constructor's, or not at all without one).
 
-    Cleaning. "rotationally_invariant" replaces each Ritz value by the best guess of the
-    true curvature along its vector, `rmtdamp.rmt.rotationally_invariant_shrinkage` with
-    the Ritz values and the start's shares as quadrature. Its noise s^2 is `variance`,
-    or what `moments` measures on the same data at each refresh (8 microbatches, one
-    probe). For m well below P: as m nears P, one start's shares become too noisy a
-    quadrature. And real Hessian noise is not Wigner; see `rmtdamp.rmt`.
-
-    Cost: a refresh is a gradient and m products of about two gradients' FLOPs, and
-    8 m^2 P more; a step is 8 m P. Memory: m vectors, three times that at a refresh.
+    Cost of a step: 8 m P FLOPs; of a refresh: see `RitzMeasurer`.
 
     Units: delta is added to a Hessian eigenvalue.
 
     Args:
-        loss_fn: `loss_fn(params, batch, *loss_args) -> scalar`, the mean loss; static,
-            so define it once.
-        num_steps: m, Lanczos steps; more than P are cut to P.
-        damping: delta > 0, a number or a schedule, for use without an owner.
+        measurer: measures the subspace, or a loss function for a `RitzMeasurer` with
+            the defaults.
+        damping: delta > 0, a number or a schedule, for use without `auto_damping` and
+            `set_damping`.
         sharp_divisor: eta > 0; above 1 it shortens the steps in sharp directions.
-        every: steps between refreshes, at least 1; None for never in the step.
-        start: of Lanczos' iteration: "random" (Gaussian), "gradient" (the updates that
-            come in), or a function (key, updates) -> a pytree like params. What is zero
-            or not finite is replaced by a random one.
-        matvec_fn: another matrix in place of the Hessian, `matvec_fn(loss_fn, params,
-            batch, loss_args=, precision=)`: `functools.partial(ggn_matvec, model_fn)`
-            with `loss_fn(outputs, targets)` for the Gauss-Newton matrix.
-        cleaning: None or "rotationally_invariant", which needs a random start.
-        variance: s^2 for the cleaning, in squared eigenvalues, for the noise of the
-            data's Hessian; default: measured.
-        seed: of the random start, which is a function of the seed and the refresh's
-            number: the same on every device and after a restart.
-        precision: matmul precision of the products; None leaves the global setting.
+        refresh_every: steps between refreshes, at least 1; None for never in the step.
 
     Returns:
         A transformation whose `update` takes `damping`, a scalar. Updates have the
         gradients' dtype; vectors are held in float32 or wider.
 
     Raises:
-        ValueError: a number out of its range, an unknown option, a cleaning without
-            what it needs; from `update`: params or batch missing, params with holes.
+        ValueError: a number out of its range; from `update`: params or batch missing,
+            params with holes, no damping.
         TypeError: params that are not real floats, or a loss that is not a scalar.
 
     Example:
@@ -176,7 +118,7 @@ def scale_by_lanczos(
         >>> import rmtdamp
         >>> def loss_fn(params, batch):
         ...     return jnp.mean(batch @ params**2) / 2
-        >>> tx = rmtdamp.scale_by_lanczos(loss_fn, num_steps=2, damping=1.0)
+        >>> tx = rmtdamp.scale_by_lanczos(loss_fn, damping=1.0)
         >>> params, batch = jnp.ones(2), jnp.array([[4.0, 1.0]])
         >>> grads = jnp.array([4.0, 1.0])
         >>> updates, state = tx.update(grads, tx.init(params), params, batch=batch)
@@ -187,51 +129,19 @@ def scale_by_lanczos(
 
     References:
         Granziol and Baskerville, eq. 9 and section 5; eq. 9 prints lambda_i, the
-        experiments took |lambda_i|. Bun, Allez, Bouchaud and Potters, 2016 (cleaning).
+        experiments took |lambda_i|.
     """
-    for name, value in {"damping": damping, "sharp_divisor": sharp_divisor}.items():
-        _check_positive(name, value)
-    if not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(
-            f"num_steps is {num_steps}: take a whole number of at least 1 (and name it "
-            "in static_args of optax.inject_hyperparams: shapes depend on it)"
-        )
-    check_every("every", every, or_never=True)
-    if not callable(start) and start not in ("random", "gradient"):
-        raise ValueError(
-            f"start is {start!r}: choose 'random', 'gradient' or a function of a key "
-            "and the updates"
-        )
-    if cleaning not in (None, "rotationally_invariant"):
-        raise ValueError(
-            f"cleaning is {cleaning!r}: choose None or 'rotationally_invariant'"
-        )
-    if cleaning is not None and start != "random":
-        raise ValueError(
-            f"cleaning needs the spectrum as a random start sees it, and start is "
-            f"{start!r}: choose start='random'"
-        )
-    if cleaning is not None and variance is None and matvec_fn is not hessian_matvec:
-        raise ValueError(
-            "cleaning measures the noise of the Hessian, and matvec_fn is another "
-            "matrix: pass the variance of its noise"
-        )
-    krylov = Krylov(
-        loss_fn=loss_fn,
-        num_steps=num_steps,
-        start=start,
-        matvec_fn=matvec_fn,
-        cleaning=cleaning,
-        variance=variance,
-        seed=seed,
-        precision=precision,
-    )
-    constructed = damping
+    if not isinstance(measurer, RitzMeasurer):
+        measurer = RitzMeasurer(measurer)
+    _check_positive(damping)
+    check_range("sharp_divisor", sharp_divisor, lambda x: x > 0, "above 0")
+    check_every("refresh_every", refresh_every, or_never=True)
+    own = damping
 
     def init(params):
         check_whole(params, "scale_by_lanczos")
         zero = lambda: jnp.zeros((), jnp.int32)
-        return ScaleByLanczosState(zero(), zero(), krylov.init(params))
+        return ScaleByLanczosState(zero(), measurer.init(params), zero())
 
     def update(
         updates,
@@ -249,28 +159,104 @@ def scale_by_lanczos(
         count = optax.safe_increment(state.count)
         if not leaves:
             return updates, state._replace(count=count)
-        _check_positive("damping", damping)
-        subspace = state.subspace
-        if every is not None:
-            data = checked_data(params, batch, curvature_batch)
-            always = isinstance(every, int) and every == 1
-            due = None if always else state.count % every == 0
-            subspace = refresh_if(
-                due, krylov, subspace, params, data, loss_args, updates
-            )
+        _check_positive(damping)
+        subspace = refresh_in_step(
+            "scale_by_lanczos",
+            measurer,
+            refresh_every,
+            state,
+            updates,
+            params,
+            batch=batch,
+            loss_args=loss_args,
+            curvature_batch=curvature_batch,
+        )
         dtype = subspace.ritz_values.dtype
-        own = constructed(state.count) if callable(constructed) else constructed
-        own = jnp.asarray(own).astype(dtype)
-        given = own if damping is None else jnp.asarray(damping).astype(dtype)
+        in_force = lambda given: damping_in_force(
+            "scale_by_lanczos", given, own, state.count, dtype
+        )
+        delta = in_force(damping)
+        usable = delta > 0
+        if own is not None:
+            delta = jnp.where(usable, delta, in_force(None))
         new = _step(
             subspace,
             [x.astype(dtype) for x in leaves],
-            jnp.where(given > 0, given, own),
+            delta,
             jnp.asarray(sharp_divisor).astype(dtype),
         )
         new = [u.astype(x.dtype) for u, x in zip(new, leaves, strict=True)]
-        fallbacks = state.damping_fallbacks + (~(given > 0)).astype(jnp.int32)
-        state = ScaleByLanczosState(count, fallbacks, subspace)
+        fallbacks = state.damping_fallbacks + (~usable).astype(jnp.int32)
+        state = ScaleByLanczosState(count, subspace, fallbacks)
         return jax.tree.unflatten(treedef, new), state
 
-    return remembering(optax.GradientTransformationExtraArgs(init, update), krylov)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def lanczos_newton(
+    learning_rate: optax.ScalarOrSchedule,
+    measurer: RitzMeasurer | LossFn,
+    *,
+    damping: optax.ScalarOrSchedule | None = None,
+    sharp_divisor: jax.typing.ArrayLike = 1.0,
+    refresh_every: int | None = 1,
+    momentum: jax.typing.ArrayLike | None = 0.9,
+    nesterov: bool = False,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A Newton step along the sharp directions: the paper's LanczosOPT.
+
+    `scale_by_lanczos`, a sum of past steps that decays by `momentum`, decoupled weight
+    decay and the learning rate. The paper's has no momentum (`momentum=None`).
+
+    Args:
+        learning_rate: alpha, a number or a schedule.
+        measurer: measures the subspace, or a loss function for a `RitzMeasurer` with
+            the defaults.
+        damping: delta > 0, a number or a schedule, in the unit of an eigenvalue.
+        sharp_divisor: eta > 0.
+        refresh_every: steps between refreshes; None: by `rmtdamp.refresh` alone.
+        momentum: decay of the sum of past steps; None for none.
+        nesterov: Nesterov momentum.
+        weight_decay: decoupled, multiplied by the learning rate, as in `optax.adamw`.
+        mask: which params decay: a tree of bools or a function that makes one.
+
+    Returns:
+        A gradient transformation.
+
+    Raises:
+        ValueError: as `scale_by_lanczos`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> import rmtdamp
+        >>> def loss_fn(params, batch):
+        ...     return jnp.mean(jnp.log(jnp.cosh(batch @ params - 1.0)))
+        >>> measurer = rmtdamp.RitzMeasurer(loss_fn, num_steps=3, start="gradient")
+        >>> tx = rmtdamp.lanczos_newton(1.0, measurer, damping=1e-3, momentum=None)
+        >>> params, batch = jnp.zeros(3), jnp.diag(jnp.array([1.0, 2.0, 3.0]))
+        >>> state = tx.init(params)
+        >>> for _ in range(20):
+        ...     grads = jax.grad(loss_fn)(params, batch)
+        ...     updates, state = tx.update(grads, state, params, batch=batch)
+        ...     params = optax.apply_updates(params, updates)
+        >>> print(f"{loss_fn(params, batch):.4f}")
+        0.0000
+
+    References:
+        Granziol and Baskerville, section 5.
+    """
+    return optimiser(
+        scale_by_lanczos(
+            measurer,
+            damping=damping,
+            sharp_divisor=sharp_divisor,
+            refresh_every=refresh_every,
+        ),
+        learning_rate,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        mask=mask,
+    )

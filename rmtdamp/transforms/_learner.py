@@ -1,12 +1,16 @@
 """A DampingLearner: how to measure, and how to decide. Both steps, no optax state."""
 
 import dataclasses
+import warnings
+from typing import Any, ClassVar
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
+from rmtdamp._checks import check_range
+from rmtdamp._jax import is_traced, matmul_precision
 from rmtdamp._tree import accumulation_dtype, num_examples
-from rmtdamp._types import Batch, Execution, LossFn, Mode, Params
+from rmtdamp._types import Execution, LossFn, Mode, Params
 from rmtdamp.damping import (
     DampingRule,
     LearnedDamping,
@@ -14,21 +18,24 @@ from rmtdamp.damping import (
     initial_damping,
     learn_damping,
 )
-from rmtdamp.hessian import moments
+from rmtdamp.hessian import HessianMoments, moments
 
-from ._by_hand import warn_of_slow_convolutions
+from ._measurer import Context, with_numbers
 
 
+@with_numbers("floor", "decay", "min_shrinkage", "seed")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DampingLearner:
     """Measures the Hessian's moments on a batch and learns the damping from them.
 
     One refresh is `moments(loss_fn, params, batch, ...)` followed by
-    `learn_damping(...)`: moments averaged with `decay`, `rule` applied to the averages,
-    `floor` added, the result cut at `max_damping`.
+    `rmtdamp.damping.learn_damping(...)`: moments averaged with `decay`, `rule` applied
+    to the averages, `floor` added, the result cut where beta = 1 / (1 + delta/tau)
+    would fall below `min_shrinkage`.
 
-    A learner holds no state and is a pytree: its numbers are leaves, the rest is
-    static. Hand the same one to `auto_damping` and to `refresh_damping`.
+    A learner holds no state, and all its settings: hand the same one to `auto_damping`
+    or `auto_adam` and to `rmtdamp.refresh`. It is a pytree; its numbers are leaves, the
+    rest is static.
 
     Args:
         loss_fn: `loss_fn(params, batch, *loss_args) -> scalar`, the mean loss in
@@ -42,10 +49,13 @@ class DampingLearner:
         num_probes: probes to average in a refresh, each at full cost.
         batch_size: size of the batch whose noise is meant; default: that of `batch`,
             the training batch.
-        max_damping: upper bound of the damping.
+        min_shrinkage: lower bound of beta, in (0, 1): the weight that the measured
+            curvature keeps whatever the rule says. Without unit, so it means the same
+            whatever the scale of the loss.
         seed: of the probes, which are a function of the seed and the refresh's number:
             the same on every device and after a restart.
-        execution: how microbatches run, see `rmtdamp.hessian.moments`.
+        execution: how microbatches run, see `rmtdamp.hessian.moments`; default: "eager"
+            by hand on a CPU, "scan" in the step there, "vmap" on accelerators.
         precision: matmul precision of the measurement.
         mode: how products are differentiated, see `rmtdamp.hessian.hvp`.
 
@@ -54,15 +64,17 @@ class DampingLearner:
         TypeError: `loss_fn` or `rule` is not callable.
     """
 
+    state_type: ClassVar[type] = LearnedDamping
+
     loss_fn: LossFn = dataclasses.field(kw_only=False)
-    floor: jax.typing.ArrayLike = 1e-4
-    decay: jax.typing.ArrayLike = 0.7
+    floor: Any = 1e-4
+    decay: Any = 0.7
     rule: DampingRule = identity_target
     num_microbatches: int = 8
     num_probes: int = 1
     batch_size: int | None = None
-    max_damping: jax.typing.ArrayLike = 1.0
-    seed: jax.typing.ArrayLike = 0
+    min_shrinkage: Any = 0.01
+    seed: Any = 0
     execution: Execution | None = None
     precision: str | None = "highest"
     mode: Mode = "forward-over-reverse"
@@ -78,29 +90,23 @@ class DampingLearner:
                 f"rule is {self.rule!r}: hand over a function from HessianMoments to "
                 "Shrinkage, such as rmtdamp.identity_target"
             )
-        _check_range("floor", self.floor, lambda x: x >= 0, "at least 0")
-        _check_range("decay", self.decay, lambda x: 0 <= x < 1, "in [0, 1)")
-        _check_range("max_damping", self.max_damping, lambda x: x > 0, "above 0")
-        _check_range("num_microbatches", self.num_microbatches, lambda x: x >= 2,
-                     "at least 2, since they give a variance")  # fmt: skip
-        _check_range("num_probes", self.num_probes, lambda x: x >= 1, "at least 1")
-        if self.batch_size is not None:
-            _check_range("batch_size", self.batch_size, lambda x: x >= 1, "at least 1")
+        check_range("floor", self.floor, lambda x: x >= 0, "at least 0")
+        check_range("decay", self.decay, lambda x: 0 <= x < 1, "in [0, 1)")
+        bound = self.min_shrinkage
+        check_range("min_shrinkage", bound, lambda x: 0 < x < 1, "in (0, 1)")
+        num = self.num_microbatches
+        check_range(
+            "num_microbatches", num, lambda n: n >= 2, "at least 2, for a variance"
+        )
+        check_range("num_probes", self.num_probes, lambda n: n >= 1, "at least 1")
+        check_range("batch_size", self.batch_size, lambda n: n >= 1, "at least 1")
 
     def init(self, params: Params) -> LearnedDamping:
         """The state before any measurement: the damping is `floor`."""
         return initial_damping(self.floor, accumulation_dtype(params))
 
-    def refresh(
-        self,
-        learned: LearnedDamping,
-        step: jax.Array,
-        params: Params,
-        batch: Batch,
-        loss_args: tuple,
-        batch_size: int,
-    ) -> LearnedDamping:
-        """Measure on `batch` for the noise of `batch_size` examples, and learn.
+    def refresh(self, measured: LearnedDamping, context: Context) -> LearnedDamping:
+        """Measure on the batch for the noise of `batch_size` examples, and learn.
 
         A batch that `num_microbatches` does not divide is measured on the largest part
         that it does divide; one smaller than `num_microbatches` gives microbatches of
@@ -109,60 +115,91 @@ class DampingLearner:
         Returns:
             The state after the refresh.
         """
-        count = num_examples(batch)
+        count = num_examples(context.batch)
         num = min(self.num_microbatches, count)
         if num < 2:
-            return learned
-        measured = moments(
+            warnings.warn(
+                "a batch of one example has no variance, so no damping is learned from "
+                "it: give the learner a curvature_batch of more",
+                stacklevel=2,
+            )
+            return _refused(measured, context.step)
+        batch = jax.tree.map(lambda x: x[: count - count % num], context.batch)
+        traced = is_traced(context, measured)
+        execution = self.execution
+        if execution is None and traced and jax.default_backend() == "cpu":
+            # In a conditional XLA:CPU runs convolutions slowly, unrolled or not.
+            execution = "scan"
+        found = moments(
             self.loss_fn,
-            params,
-            jax.tree.map(lambda x: x[: count - count % num], batch),
-            jax.random.fold_in(jax.random.key(self.seed), learned.refresh_attempts),
-            loss_args=loss_args,
+            context.params,
+            batch,
+            _probe_key(self.seed, measured.refresh_attempts),
+            loss_args=context.loss_args,
             num_microbatches=num,
             num_probes=self.num_probes,
-            batch_size=self.batch_size or batch_size,
-            execution=self.execution,
+            batch_size=self.batch_size or context.batch_size,
+            execution=execution,
             precision=self.precision,
             mode=self.mode,
             stderr=False,  # nobody reads it here, and it costs n vectors of memory
         )
-        return learn_damping(
-            learned,
-            measured,
-            step,
-            rule=self.rule,
-            floor=self.floor,
-            decay=self.decay,
-            max_damping=self.max_damping,
-        )
-
-    def warn_of_slow_convolutions(self, params, batch, loss_args) -> None:
-        """Warn where XLA:CPU would run this refresh some thirty times slower."""
-        warn_of_slow_convolutions(
-            self.loss_fn,
-            params,
-            batch,
-            loss_args,
-            subject="loss",
-            place="the conditional of a training step",
-            way_out="every=None to auto_damping and call refresh_damping by hand every "
-            "100 steps",
-            stacklevel=2,
-        )
+        learn = _learn if traced else _compiled_learn
+        return learn(self, measured, found, context, batch)
 
 
-def _check_range(name, value, inside, bound):
-    # Traced values (inject_hyperparams, a learner passed through jit) cannot be judged.
-    if isinstance(value, int | float | np.number) and not inside(value):
-        raise ValueError(f"{name} is {value}, and must be {bound}")
+@jax.jit
+def _probe_key(seed, number):
+    return jax.random.fold_in(jax.random.key(seed), number)
 
 
-jax.tree_util.register_dataclass(
-    DampingLearner,
-    data_fields=["floor", "decay", "max_damping", "seed"],
-    meta_fields=[
-        "loss_fn", "rule", "num_microbatches", "num_probes", "batch_size",
-        "execution", "precision", "mode",
-    ],
-)  # fmt: skip
+def _learn(learner, before, found: HessianMoments, context, batch) -> LearnedDamping:
+    learned = learn_damping(
+        before,
+        found,
+        context.step,
+        rule=learner.rule,
+        floor=learner.floor,
+        decay=learner.decay,
+        min_shrinkage=learner.min_shrinkage,
+    )
+    # Looked at in the first measurement alone: the loss stays what it is.
+    mismatch = jax.lax.cond(
+        before.refresh_attempts == 0,
+        lambda: _is_no_mean(
+            learner.loss_fn, learner.precision, found.loss, context, batch
+        ),
+        lambda: jnp.zeros((), bool),
+    )
+    return learned._replace(
+        loss_mismatches=before.loss_mismatches + mismatch.astype(jnp.int32)
+    )
+
+
+def _is_no_mean(loss_fn, precision, mean_loss, context, batch) -> jax.Array:
+    """Whether a batch's loss differs from the mean of its microbatches' losses.
+
+    It does for a sum, for batch statistics and for dropout; a loss that is not finite
+    says nothing.
+
+    Returns:
+        A bool.
+    """
+    with matmul_precision(precision):
+        loss = loss_fn(context.params, batch, *context.loss_args)
+    allowed = 1e-4 + 16 * float(jnp.finfo(loss.dtype).eps)
+    loss = loss.astype(mean_loss.dtype)
+    scale = jnp.maximum(jnp.abs(loss), jnp.abs(mean_loss))
+    return jnp.isfinite(scale) & (jnp.abs(loss - mean_loss) > allowed * scale)
+
+
+_compiled_learn = jax.jit(_learn)
+
+
+@jax.jit
+def _refused(learned: LearnedDamping, step) -> LearnedDamping:
+    return learned._replace(
+        last_refresh=jnp.asarray(step).astype(learned.last_refresh.dtype),
+        refresh_attempts=learned.refresh_attempts + 1,
+        refresh_rejections=learned.refresh_rejections + 1,
+    )

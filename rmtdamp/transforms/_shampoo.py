@@ -12,17 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rmtdamp._checks import check_every, check_range
+from rmtdamp._jax import matmul_precision
 from rmtdamp._tree import accumulation_dtype
-from rmtdamp.hessian._products import matmul_precision
 
-from ._by_hand import check_every
-from ._spectral import (
-    check_damping,
-    damping_in_force,
-    dimension_numbers,
-    folded,
-    ratio,
-)
+from ._measurer import is_due
+from ._optimiser import check_damping, damping_in_force, optimiser
+from ._spectral_descent import dimension_numbers, folded, ratio
 
 
 class Factor(NamedTuple):
@@ -89,24 +85,24 @@ def _transposed(x):
 
 
 def scale_by_shampoo(
+    *,
     damping: optax.ScalarOrSchedule = 1e-8,
     exponents: Any = 0.25,
     decay: jax.typing.ArrayLike = 0.95,
-    *,
-    every: jax.typing.ArrayLike = 10,
+    eigen_every: jax.typing.ArrayLike = 10,
     damping_in_root: bool = False,
     max_side: int = 8192,
     weight_dimension_numbers: Any = None,
     precision: str | None = "highest",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Shampoo with the damping of `scale_by_spectral`.
+    r"""Shampoo with the damping of `scale_by_spectral_descent`.
 
     With L and R the debiased averages of G G^T and G^T G and delta the damping,
 
         u = (L^1/2 + delta I)^(-2p) G (R^1/2 + delta I)^(-2q),   p, q = `exponents`.
 
     At p = q = 1/4 and with one gradient this is the damped polar factor of
-    `scale_by_spectral`, for every delta. At p = q = 1/2 it is the inverse of a
+    `scale_by_spectral_descent`, for every delta. At p = q = 1/2 it is the inverse of a
     Kronecker product, in the place of a Fisher matrix; (0.5, 0) is one-sided. A leaf
     that is no matrix gets, as a diagonal one, g / (sqrt(v) + delta)^(2p + 2q), with v
     the debiased average of g^2: at 1/4 it is RMSProp. There is no momentum here: put
@@ -123,18 +119,19 @@ def scale_by_shampoo(
     times the largest, counts as that, so a damping of 0 is allowed.
 
     Cost: products with the sides' squares each step, an eigendecomposition of each side
-    every `every` steps. Memory: twice the squares of both sides.
+    every `eigen_every` steps. Memory: twice the squares of both sides.
 
     Args:
         damping: delta, a number or a schedule of the step, for use without an owner.
         exponents: p and q, a pair, or one number for both. A side with the Python
             number 0 gets no factor.
         decay: of the averages, in [0, 1); 0 takes the last gradient alone.
-        every: steps between eigendecompositions, the first step included.
+        eigen_every: steps between eigendecompositions, the first step included.
         damping_in_root: whether delta is added to L and R themselves.
         max_side: a longer side gets no factor and leaves its exponent to the other
             one; a matrix with two such sides is treated entry by entry.
-        weight_dimension_numbers: which axes make a matrix, as in `scale_by_spectral`.
+        weight_dimension_numbers: which axes make a matrix, as in
+            `scale_by_spectral_descent`.
         precision: matmul precision; None leaves the global setting.
 
     Returns:
@@ -165,15 +162,14 @@ def scale_by_shampoo(
         raise ValueError(
             f"exponents is {exponents}: take one number or a pair, at least 0"
         )
-    if isinstance(decay, int | float) and not 0 <= decay < 1:
-        raise ValueError(f"decay is {decay}, and must be in [0, 1)")
-    check_every("every", every, or_never=False)
+    check_range("decay", decay, lambda x: 0 <= x < 1, "in [0, 1)")
+    check_every("eigen_every", eigen_every)
     if not isinstance(max_side, int) or max_side < 1:
         raise ValueError(
             f"max_side is {max_side}: take a whole number of at least 1 (and name it "
             "in static_args of optax.inject_hyperparams: shapes depend on it)"
         )
-    fallback = damping
+    own = damping
 
     def powers(shape):
         """The exponents of the two sides of a matrix; None: entry by entry."""
@@ -245,7 +241,7 @@ def scale_by_shampoo(
         numbers = dimension_numbers(weight_dimension_numbers, updates)
         blocks, block_treedef = jax.tree.flatten(state.blocks, is_leaf=_is_block)
         dtype = accumulation_dtype(updates)
-        delta = damping_in_force(damping, fallback, state.count, dtype)
+        delta = damping_in_force("scale_by_shampoo", damping, own, state.count, dtype)
         finite = jnp.array(True)
         for leaf in leaves:
             finite &= jnp.all(jnp.isfinite(leaf))
@@ -268,10 +264,10 @@ def scale_by_shampoo(
             ]
             squares = [b.squares for b in blocks]
             factors = [b._replace(squares=None) for b in blocks]
-            if isinstance(every, int) and every == 1:
+            if isinstance(eigen_every, int) and eigen_every == 1:
                 factors = _eigenbases(factors, correction)
             else:
-                due = state.count % every == 0
+                due = is_due(state.count, eigen_every)
                 factors = _eigenbases_if(due, factors, correction)
             blocks = [
                 b._replace(squares=s) for b, s in zip(factors, squares, strict=True)
@@ -291,30 +287,36 @@ def scale_by_shampoo(
 
 def shampoo(
     learning_rate: optax.ScalarOrSchedule,
+    *,
     damping: optax.ScalarOrSchedule = 1e-8,
-    momentum: jax.typing.ArrayLike | None = 0.9,
     exponents: Any = 0.25,
     decay: jax.typing.ArrayLike = 0.95,
-    *,
-    every: jax.typing.ArrayLike = 10,
+    eigen_every: jax.typing.ArrayLike = 10,
     damping_in_root: bool = False,
     max_side: int = 8192,
     weight_dimension_numbers: Any = None,
     precision: str | None = "highest",
+    momentum: jax.typing.ArrayLike | None = 0.9,
+    nesterov: bool = False,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_shampoo`, then momentum and the learning rate.
+    """`scale_by_shampoo`, momentum, decoupled weight decay and the learning rate.
 
     Args:
         learning_rate: alpha, a number or a schedule.
         damping: delta, a number or a schedule, in the unit of a singular value.
-        momentum: decay of the average of the steps, bias-corrected; None for none.
         exponents: p and q, a pair, or one number for both.
         decay: of the factors' averages.
-        every: steps between eigendecompositions.
+        eigen_every: steps between eigendecompositions.
         damping_in_root: whether delta is added to the factors themselves.
         max_side: a longer side gets no factor.
         weight_dimension_numbers: which axes make a matrix.
         precision: matmul precision.
+        momentum: decay of the sum of past steps; None for none.
+        nesterov: Nesterov momentum.
+        weight_decay: decoupled, multiplied by the learning rate, as in `optax.adamw`.
+        mask: which params decay: a tree of bools or a function that makes one.
 
     Returns:
         A gradient transformation.
@@ -332,17 +334,20 @@ def shampoo(
     References:
         Gupta, Koren and Singer, Shampoo, 2018.
     """
-    return optax.chain(
+    return optimiser(
         scale_by_shampoo(
-            damping,
-            exponents,
-            decay,
-            every=every,
+            damping=damping,
+            exponents=exponents,
+            decay=decay,
+            eigen_every=eigen_every,
             damping_in_root=damping_in_root,
             max_side=max_side,
             weight_dimension_numbers=weight_dimension_numbers,
             precision=precision,
         ),
-        optax.identity() if momentum is None else optax.ema(momentum),
-        optax.scale_by_learning_rate(learning_rate),
+        learning_rate,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        mask=mask,
     )

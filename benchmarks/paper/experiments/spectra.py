@@ -15,7 +15,7 @@ from benchmarks.shared.claims import below, by, cells, ends, error, mean
 from benchmarks.shared.optimizers import Method
 from benchmarks.shared.runs import Row, Run, rounded, runs_of
 from rmtdamp import hessian, rmt
-from rmtdamp.outliers import halves, outliers, spiked_law
+from rmtdamp.outliers import spiked_law
 from rmtdamp.plot import spectral_density as plot_density
 
 from . import vgg
@@ -70,11 +70,9 @@ class Point:
         sizes = {"num_steps": num_steps, "num_probes": num_probes}
         return hessian.spectral_density(matvec, self.params, key, **sizes)
 
-    def noise(self, batch, *args):
-        """The density of the noise of a batch's Hessian, from its halves."""
-        return self.density(
-            hessian.noise_matvec(*map(self.matvec, halves(batch))), *args
-        )
+    def noise(self, batch):
+        """The noise of a batch's Hessian, from its halves."""
+        return hessian.noise_matvec(*map(self.matvec, hessian.halves(batch)))
 
 
 def end_spectrum(
@@ -88,8 +86,12 @@ def end_spectrum(
     order = np.random.default_rng(seed).permutation(len(point.data[1]))
     part = lambda size: tuple(x[order[:size]] for x in point.data)
     density = point.density(point.matvec(part(examples)), keys[0], num_steps, 1)
-    parts, sizes = halves(part(128)), {"num_steps": num_steps, "num_probes": 1}
-    found = outliers(*map(point.matvec, parts), point.params, keys[1], k=8, **sizes)
+    noise_key, batch_key = jax.random.split(keys[1])
+    extreme = functools.partial(hessian.eigsh, like=point.params, which="LM", tol=1e-3)
+    seen = extreme(point.matvec(part(128)), key=batch_key, k=8).eigenvalues
+    reach = jnp.abs(extreme(point.noise(part(128)), key=noise_key, k=5).eigenvalues)
+    # By as much again as the largest of the noise lies beyond its fifth.
+    edge = 2 * reach[0] - reach[4]
     return {
         "nodes": rounded(density.nodes),
         "weights": rounded(density.weights),
@@ -97,9 +99,9 @@ def end_spectrum(
         "lambda_max": float(density.nodes.max()),
         "lambda_min": float(density.nodes.min()),
         "trace": float(density.moment(1)[0]) * density.num_parameters,
-        "noise_edge": float(found.edge),
-        "batch_eigenvalues": rounded(found.eigenvalues),
-        "outliers": int(found.is_outlier.sum()),
+        "noise_edge": float(edge),
+        "batch_eigenvalues": rounded(seen),
+        "outliers": int(jnp.sum(jnp.abs(seen) > edge)),
         "test_error": point.done.curves["test_error"][-1],
         "train_error": point.done.curves["train_error"][-1],
     }
@@ -126,7 +128,7 @@ def overlap(folder: pathlib.Path, *, task, epochs, batch_size, seed, examples) -
     options |= point.loss_args
     found = hessian.moments(*point.arguments, some, keys[2], **options)
     variance = float(found.variance)
-    noise = point.noise(batch, keys[3], 40, 2)
+    noise = point.density(point.noise(batch), keys[3], 40, 2)
     edge = jnp.max(jnp.abs(noise.nodes))
     outside = jnp.abs(seen.eigenvalues) > edge
     law = spiked_law(jnp.where(outside, seen.eigenvalues, 2 * edge), noise)[1]
@@ -147,7 +149,7 @@ def noise(folder: pathlib.Path, *, task, epochs, batch_size, seed) -> Row:
     """The spectrum of a batch Hessian's noise, from its halves, and eq. 7's law."""
     point = Point(folder, task, CONSTANT, epochs, seed)
     batch = point.some(batch_size, np.random.default_rng(seed))
-    density = point.noise(batch, jax.random.key(seed), 60, 4)
+    density = point.density(point.noise(batch), jax.random.key(seed), 60, 4)
     nodes = np.asarray(density.nodes, np.float64).ravel()
     weights = np.asarray(density.weights, np.float64).ravel() / len(density.nodes)
     order = np.argsort(nodes)

@@ -11,7 +11,7 @@ eps ||G||: no division is by less.
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,17 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from rmtdamp._checks import check_choice, check_range
+from rmtdamp._jax import matmul_precision
 from rmtdamp._tree import accumulation_dtype
-from rmtdamp.hessian._products import matmul_precision
+
+from ._optimiser import check_damping, damping_in_force, optimiser
 
 Method = Literal["newton_schulz", "svd"]
 
 
-class ScaleBySpectralState(NamedTuple):
-    """State of `scale_by_spectral`."""
+class ScaleBySpectralDescentState(NamedTuple):
+    """State of `scale_by_spectral_descent`."""
 
     count: Any  # (), int32, steps taken
 
@@ -81,24 +84,6 @@ def folded(x: jax.Array, numbers: MuonDimensionNumbers):
     return jnp.reshape(jnp.transpose(x, order), sizes), back
 
 
-def check_damping(damping: Any) -> None:
-    """Refuse a negative Python number.
-
-    Raises:
-        ValueError: `damping` is one.
-    """
-    if isinstance(damping, int | float | np.number) and not damping >= 0:
-        raise ValueError(f"damping is {damping}, and must be at least 0")
-
-
-def damping_in_force(given: Any, fallback: Any, count: Any, dtype) -> jax.Array:
-    """The owner's damping, or the constructor's number or schedule."""
-    check_damping(given)
-    if given is None:
-        given = fallback(count) if callable(fallback) else fallback
-    return jnp.asarray(given).astype(dtype)
-
-
 def ratio(x: jax.Array, y: jax.Array) -> jax.Array:
     """X / y, and 0 for 0 / 0."""
     return jnp.where(y == 0, 0, x / jnp.where(y == 0, 1, y))
@@ -131,11 +116,11 @@ def _by_newton_schulz(g, damping, steps):
     return jnp.linalg.solve(root + raised * eye, numerator.T).T
 
 
-def scale_by_spectral(
-    damping: optax.ScalarOrSchedule = 1e-8,
+def scale_by_spectral_descent(
     *,
+    damping: optax.ScalarOrSchedule = 1e-8,
     method: Method = "newton_schulz",
-    ns_steps: jax.typing.ArrayLike = 30,
+    num_iterations: jax.typing.ArrayLike = 30,
     weight_dimension_numbers: Any = None,
     precision: str | None = "highest",
 ) -> optax.GradientTransformationExtraArgs:
@@ -147,14 +132,15 @@ def scale_by_spectral(
 
     and of any other leaf, entry by entry, u = g / (|g| + delta). As delta falls to 0
     this is spectral descent (of a singular G: on its range), as it grows, SGD over
-    delta. There is no momentum here: put `optax.ema` before it, as `spectral` does.
+    delta. There is no momentum here: put `optax.ema` before it, as `spectral_descent`
+    does.
 
     method="svd" does that. method="newton_schulz" needs matrix products and one linear
     system of the smaller side, which accelerators prefer. The polar factor P is the
     limit of X <- 1.5 X - 0.5 X X^T X from G / ||G||_F (Muon's quintic does not converge
     to it), (G^T G)^1/2 the symmetric part of P^T G, and the smaller side is inverted.
-    Singular values below r ||G||_F, r = 1.5^(6 - ns_steps) (6e-5 at 30 steps), have
-    not converged and stay damped at that level. The methods agree to
+    Singular values below r ||G||_F, r = 1.5^(6 - num_iterations) (6e-5 at 30 of them),
+    have not converged and stay damped at that level. The methods agree to
     (r ||G||_F / delta)^2, and at any damping on singular values well above r ||G||_F.
 
     Units: delta is added to a singular value of the gradient, which grows with the
@@ -163,7 +149,7 @@ def scale_by_spectral(
     Args:
         damping: delta, a number or a schedule of the step, for use without an owner.
         method: "newton_schulz" or "svd".
-        ns_steps: steps of the iteration, each two matrix products.
+        num_iterations: steps of the iteration, each two matrix products.
         weight_dimension_numbers: which axes make a matrix, as in `optax.contrib.muon`:
             a tree (or prefix) of `optax.contrib.MuonDimensionNumbers`, or a function of
             the params that gives one; axes named by neither are a stack of matrices,
@@ -183,7 +169,7 @@ def scale_by_spectral(
     Example:
         >>> import jax.numpy as jnp
         >>> import rmtdamp
-        >>> tx = rmtdamp.scale_by_spectral(damping=1.0)
+        >>> tx = rmtdamp.scale_by_spectral_descent(damping=1.0)
         >>> grads = jnp.diag(jnp.array([1.0, 3.0]))
         >>> updates, _ = tx.update(grads, tx.init(grads))
         >>> [round(float(u), 3) for u in jnp.diag(updates)]
@@ -194,26 +180,26 @@ def scale_by_spectral(
         al., Muon, 2024: we let the iteration converge, and damp it.
     """
     check_damping(damping)
-    if method not in ("newton_schulz", "svd"):
-        raise ValueError(f"method is {method!r}: choose 'newton_schulz' or 'svd'")
-    if isinstance(ns_steps, int | float) and ns_steps < 1:
-        raise ValueError(f"ns_steps is {ns_steps}, and at least 1 is needed")
-    fallback = damping
+    check_choice("method", method, get_args(Method))
+    check_range("num_iterations", num_iterations, lambda n: n >= 1, "at least 1")
+    own = damping
 
     def init(params):
         del params
-        return ScaleBySpectralState(jnp.zeros((), jnp.int32))
+        return ScaleBySpectralDescentState(jnp.zeros((), jnp.int32))
 
     def one(g, delta):
         return _by_svd(g, delta) if method == "svd" else newton_schulz(g, delta)
 
     def newton_schulz(g, delta):
-        return _by_newton_schulz(g, delta, ns_steps)
+        return _by_newton_schulz(g, delta, num_iterations)
 
     def update(updates, state, params=None, *, damping=None, **extra_args):
         del params, extra_args
         dtype = accumulation_dtype(updates)
-        delta = damping_in_force(damping, fallback, state.count, dtype)
+        delta = damping_in_force(
+            "scale_by_spectral_descent", damping, own, state.count, dtype
+        )
         leaves, treedef = jax.tree.flatten(updates)
         new = []
         for leaf, numbers in zip(
@@ -228,49 +214,56 @@ def scale_by_spectral(
                     u = back(jax.vmap(one, in_axes=(0, None))(stack, delta))
             new.append(u.astype(leaf.dtype))
         count = optax.safe_increment(state.count)
-        return jax.tree.unflatten(treedef, new), ScaleBySpectralState(count)
+        return jax.tree.unflatten(treedef, new), ScaleBySpectralDescentState(count)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def spectral(
+def spectral_descent(
     learning_rate: optax.ScalarOrSchedule,
-    damping: optax.ScalarOrSchedule = 1e-8,
-    momentum: jax.typing.ArrayLike | None = 0.95,
     *,
+    damping: optax.ScalarOrSchedule = 1e-8,
     method: Method = "newton_schulz",
-    ns_steps: jax.typing.ArrayLike = 30,
+    num_iterations: jax.typing.ArrayLike = 30,
     weight_dimension_numbers: Any = None,
     precision: str | None = "highest",
-    momentum_dtype: Any = None,
+    momentum: jax.typing.ArrayLike | None = 0.9,
+    nesterov: bool = False,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Spectral descent with momentum and a damping: Muon's step, converged and damped.
 
-    `optax.ema(momentum)`, which keeps the gradient's scale and so the damping's unit,
-    then `scale_by_spectral` and the learning rate. All leaves take part; to leave some
-    to another optimiser take `optax.partition`, with the owner of the damping inside.
+    An average of gradients, bias-corrected, which keeps the gradient's scale and so the
+    damping's unit, then `scale_by_spectral_descent`, decoupled weight decay and the
+    learning rate. All leaves take part; to leave some to another optimiser take
+    `optax.partition`, with `auto_damping` inside.
 
     Args:
         learning_rate: alpha, a number or a schedule.
         damping: delta, a number or a schedule, in the unit of a singular value of the
             averaged gradient.
-        momentum: decay of the average of gradients, bias-corrected; None for none.
         method: "newton_schulz" or "svd".
-        ns_steps: steps of the iteration.
+        num_iterations: of Newton and Schulz.
         weight_dimension_numbers: which axes make a matrix.
         precision: matmul precision.
-        momentum_dtype: dtype of the average; default: that of the params.
+        momentum: decay of the average of gradients (Muon's default is 0.95); None for
+            none. The factor of a matrix does not depend on its length, so that the
+            average has to be of gradients, not of steps as in the other optimisers.
+        nesterov: Nesterov momentum.
+        weight_decay: decoupled, multiplied by the learning rate, as in `optax.adamw`.
+        mask: which params decay: a tree of bools or a function that makes one.
 
     Returns:
         A gradient transformation.
 
     Raises:
-        ValueError: as `scale_by_spectral`.
+        ValueError: as `scale_by_spectral_descent`.
 
     Example:
         >>> import jax.numpy as jnp
         >>> import rmtdamp
-        >>> tx = rmtdamp.set_damping(rmtdamp.spectral(1e-2), 1e-3)
+        >>> tx = rmtdamp.set_damping(rmtdamp.spectral_descent(1e-2), 1e-3)
         >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
         >>> updates, state = tx.update(params, tx.init(params), params)
 
@@ -278,16 +271,34 @@ def spectral(
         Jordan et al., Muon, 2024. Carlson et al., Preconditioned spectral descent for
         deep learning, 2015.
     """
-    return optax.chain(
-        optax.identity()
-        if momentum is None
-        else optax.ema(momentum, accumulator_dtype=momentum_dtype),
-        scale_by_spectral(
-            damping,
-            method=method,
-            ns_steps=ns_steps,
-            weight_dimension_numbers=weight_dimension_numbers,
-            precision=precision,
-        ),
-        optax.scale_by_learning_rate(learning_rate),
+    scaled = scale_by_spectral_descent(
+        damping=damping,
+        method=method,
+        num_iterations=num_iterations,
+        weight_dimension_numbers=weight_dimension_numbers,
+        precision=precision,
     )
+    if momentum is not None:
+        scaled = optax.chain(_average(momentum, nesterov), scaled)
+    return optimiser(
+        scaled,
+        learning_rate,
+        momentum=None,
+        nesterov=False,
+        weight_decay=weight_decay,
+        mask=mask,
+    )
+
+
+def _average(decay, nesterov) -> optax.GradientTransformation:
+    """The average of gradients; with Nesterov's, the gradient of now counts twice."""
+    ema = optax.ema(decay)
+    if not nesterov:
+        return ema
+
+    def update(updates, state, params=None):
+        average, state = ema.update(updates, state, params)
+        mix = lambda m, g: (decay * m + (1 - decay) * g).astype(g.dtype)
+        return jax.tree.map(mix, average, updates), state
+
+    return optax.GradientTransformation(ema.init, update)

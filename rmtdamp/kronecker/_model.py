@@ -13,33 +13,26 @@ Gradients are those of an example's own loss, N times the mean loss's.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
 
+from rmtdamp._checks import check_choice, check_outputs, check_range, check_scalar, pair
+from rmtdamp._jax import is_traced, matmul_precision
 from rmtdamp._tree import accumulation_dtype, check_params, num_examples
-from rmtdamp._types import Batch, Key, LossFn, Params
+from rmtdamp._types import Batch, Criterion, Key, ModelFn, Params, SampleFn
 
-from ._apply import is_traced
-from ._gauss_newton import SampleFn, _check_outputs, _pair
-from ._kronecker import (
-    Block,
-    Factors,
-    Sharing,
-    kronecker_factors,
-    layer_record,
-)
-from ._products import check_scalar, matmul_precision
+from ._blocks import Block
+from ._factors import Factors, Sharing, kronecker_factors, layer_record
 from ._tape import Tape
 
 Fisher = Literal["sampled", "empirical", "ggn"]
 Diagonal = Literal["examples", "signs"]
 
 
-class Curvature(Protocol):
-    """What KFAC needs to know of a model; `FactorsFn` is one, write others freely.
+class FactorsFn(Protocol):
+    """What KFAC needs to know of a model; `ModelFactors` is one, write others freely.
 
     Hashable, as it is a static argument of compiled functions; make it once.
     """
@@ -54,11 +47,8 @@ class Curvature(Protocol):
         ...
 
 
-TapedFn = Callable[..., Any]  # model_fn(params, inputs, tape, *loss_args) -> outputs
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FactorsFn:
+class ModelFactors:
     r"""Measures the Kronecker and diagonal factors of a model with a loss.
 
     For a layer with inputs a and output gradients g the block is A x G (Kronecker
@@ -79,7 +69,7 @@ class FactorsFn:
     Args:
         model_fn: `model_fn(params, inputs, tape, *loss_args) -> outputs`, one row per
             example; shows each layer to the `Tape` under the name of its block.
-        loss_fn: `loss_fn(outputs, targets) -> scalar`, the mean loss.
+        criterion: `criterion(outputs, targets) -> scalar`, the mean loss.
         blocks: from `make_blocks`.
         fisher: "sampled", "empirical" or "ggn".
         sample_fn: draws targets for "sampled"; the default suits logits and integer
@@ -91,8 +81,8 @@ class FactorsFn:
             and N copies of the diagonal leaves; "signs" squares one gradient of the
             batch in which examples have random signs, N times cheaper in memory and
             right in expectation (large embeddings).
-        terms: independent terms per example that the loss takes the mean over, such as
-            tokens; the squared gradients of "sampled" and "empirical" grow by it, so
+        num_terms: independent terms per example that the loss takes the mean over, such
+            as tokens; the squared gradients of "sampled" and "empirical" grow by it, so
             that they have the Hessian's scale.
         precision: matmul precision; None leaves the global setting.
 
@@ -105,15 +95,15 @@ class FactorsFn:
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from rmtdamp.hessian import FactorsFn, make_blocks
+        >>> from rmtdamp.kronecker import ModelFactors, make_blocks
         >>> def model_fn(params, x, tape):
         ...     return tape.linear("dense", x, x @ params["kernel"])
-        >>> def loss_fn(outputs, targets):
+        >>> def criterion(outputs, targets):
         ...     return 0.5 * jnp.mean(jnp.sum((outputs - targets) ** 2, axis=1))
         >>> params = {"kernel": jnp.zeros((2, 3))}
-        >>> factors_fn = FactorsFn(
+        >>> factors_fn = ModelFactors(
         ...     model_fn=model_fn,
-        ...     loss_fn=loss_fn,
+        ...     criterion=criterion,
         ...     blocks=make_blocks(params, {"dense": {"kernel": "kernel"}}),
         ...     fisher="ggn",
         ... )
@@ -129,29 +119,21 @@ class FactorsFn:
         Martens and Grosse, 2015, sections 2 and 3. Eschenhagen et al., 2023.
     """
 
-    model_fn: TapedFn
-    loss_fn: LossFn
+    model_fn: ModelFn  # with the tape after the inputs
+    criterion: Criterion
     blocks: tuple[Block, ...]
     fisher: Fisher = "sampled"
     sample_fn: SampleFn | None = None
     sharing: Sharing = "expand"
     diagonal: Diagonal = "examples"
-    terms: int = 1
+    num_terms: int = 1
     precision: str | None = "highest"
 
     def __post_init__(self):
-        for name, choices in (
-            ("fisher", Fisher),
-            ("sharing", Sharing),
-            ("diagonal", Diagonal),
-        ):
-            if getattr(self, name) not in choices.__args__:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}: choose from "
-                    f"{', '.join(choices.__args__)}"
-                )
-        if self.terms < 1:
-            raise ValueError(f"terms is {self.terms}, and must be at least 1")
+        check_choice("fisher", self.fisher, get_args(Fisher))
+        check_choice("sharing", self.sharing, get_args(Sharing))
+        check_choice("diagonal", self.diagonal, get_args(Diagonal))
+        check_range("num_terms", self.num_terms, lambda n: n >= 1, "at least 1")
 
     def __call__(self, params: Params, batch: Batch, key: Key, *loss_args) -> Factors:
         """Measure.
@@ -166,11 +148,11 @@ class FactorsFn:
             `Factors`, in float32 or the params' dtype if that is wider.
         """
         check_params(params)
-        inputs, targets = _pair(batch)
+        inputs, targets = pair(batch)
         label_key, sign_key = jax.random.split(key)
         with matmul_precision(self.precision):
             outputs, calls, pull = self._run(params, inputs, loss_args)
-            _check_outputs(outputs, inputs)
+            check_outputs(outputs, inputs)
             directions = self._directions(outputs, targets, label_key)
             gradients = _each(pull, directions)
             records = self._records(calls, gradients, num_examples(inputs), params)
@@ -195,16 +177,16 @@ class FactorsFn:
 
     def _directions(self, outputs, targets, key):
         """The gradients u of each example's loss: leaves (C, N, ...)."""
-        check_scalar(self.loss_fn, outputs, targets, ())
+        check_scalar(self.criterion, outputs, targets, ())
         count = num_examples(outputs)
         if self.fisher == "ggn":
-            return _hessian_roots(self.loss_fn, outputs, targets, count)
+            return _hessian_roots(self.criterion, outputs, targets, count)
         if self.fisher == "sampled":
             sampled = (self.sample_fn or jax.random.categorical)(key, outputs)
             _check_sampled(sampled, targets)
             targets = sampled
-        gradient = jax.grad(self.loss_fn)(outputs, targets)
-        return jax.tree.map(lambda u: count * self.terms**0.5 * u[None], gradient)
+        gradient = jax.grad(self.criterion)(outputs, targets)
+        return jax.tree.map(lambda u: count * self.num_terms**0.5 * u[None], gradient)
 
     def _records(self, calls, gradients, count, params):
         dtype = accumulation_dtype(params)
@@ -323,7 +305,7 @@ def _each(pull, directions):
     return jax.tree.map(lambda x: x[None], single)
 
 
-def _hessian_roots(loss_fn, outputs, targets, count):
+def _hessian_roots(criterion, outputs, targets, count):
     """u_c with sum_c u_c u_c^T the Hessian of each example's loss: (C, N, ...)."""
     if not isinstance(outputs, jax.Array):
         raise ValueError(
@@ -333,7 +315,7 @@ def _hessian_roots(loss_fn, outputs, targets, count):
     flat = jnp.reshape(outputs, (count, -1))
     dtype = accumulation_dtype(outputs)
     flat = flat.astype(dtype)
-    loss = lambda z: loss_fn(
+    loss = lambda z: criterion(
         jnp.reshape(z, outputs.shape).astype(outputs.dtype), targets
     ).astype(dtype)
 

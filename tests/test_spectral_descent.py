@@ -10,8 +10,9 @@ from optax._src.test_utils import log_compilations
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from problems import mlp, mlp_batch, mlp_loss
 
+from rmtdamp import scale_by_spectral_descent as scale_by_spectral, spectral_descent
 from rmtdamp.transforms import DampingLearner, auto_damping, set_damping
-from rmtdamp.transforms._spectral import dimension_numbers, scale_by_spectral, spectral
+from rmtdamp.transforms._spectral_descent import dimension_numbers
 
 pytestmark = [pytest.mark.usefixtures("standard_promotion"), pytest.mark.slow]
 METHODS = ["svd", "newton_schulz"]
@@ -73,14 +74,16 @@ def test_methods_agree_on_ill_conditioned_gradients_as_documented():
             bound = (REACH * jnp.linalg.norm(g) / damping) ** 2
             assert np.linalg.norm(by_products - by_svd, 2) < bound
     # More steps reach further.
-    far = first(scale_by_spectral(1e-6, ns_steps=60), g)
+    far = first(scale_by_spectral(damping=1e-6, num_iterations=60), g)
     np.testing.assert_allclose(far, polar(g, 1e-6), atol=1e-5)
 
 
 def test_methods_agree_in_float32():
     """Rounding of 30 products, some eps times the condition, 20 with the damping."""
     g = normal(0, 40, 24, dtype=jnp.float32)
-    one, other = (first(scale_by_spectral(0.1, method=method), g) for method in METHODS)
+    one, other = (
+        first(scale_by_spectral(damping=0.1, method=method), g) for method in METHODS
+    )
     np.testing.assert_allclose(one, other, atol=2e-5)
     np.testing.assert_allclose(one, polar(g, 0.1), atol=2e-5)
 
@@ -89,7 +92,7 @@ def test_methods_agree_in_float32():
 def test_singular_and_zero_gradients_without_damping(method):
     """The step lives on the gradient's range, and is zero for a zero gradient."""
     g = jnp.outer(jnp.array([3.0, 4.0, 0.0]), jnp.array([0.0, 2.0]))
-    updates = first(scale_by_spectral(0.0, method=method), {"a": g, "b": 0 * g})
+    updates = first(scale_by_spectral(damping=0.0, method=method), {"a": g, "b": 0 * g})
     np.testing.assert_allclose(updates["a"], g / 10, atol=1e-9)
     np.testing.assert_array_equal(updates["b"], 0)
 
@@ -102,14 +105,14 @@ def test_what_is_no_matrix_is_damped_entry_by_entry():
         "hole": None,
         "empty": jnp.zeros((0, 3)),
     }
-    updates = first(scale_by_spectral(2.0), grads)
+    updates = first(scale_by_spectral(damping=2.0), grads)
     np.testing.assert_allclose(updates["bias"], [0, 0.5, -0.75])
     np.testing.assert_allclose(updates["scale"], -1 / 3)
     kernel = grads["kernel"]
     np.testing.assert_allclose(updates["kernel"], kernel / (jnp.abs(kernel) + 2))
     assert updates["hole"] is None
     assert updates["empty"].shape == (0, 3)
-    zero = first(scale_by_spectral(0.0), {"bias": grads["bias"]})["bias"]
+    zero = first(scale_by_spectral(damping=0.0), {"bias": grads["bias"]})["bias"]
     np.testing.assert_array_equal(zero, [0, 1, -1])
 
 
@@ -125,7 +128,7 @@ def test_stacks_and_convolutions_are_their_matrices(method):
         "stack": MuonDimensionNumbers(-2, -1),
         "mixed": MuonDimensionNumbers((3, 0), 1),
     }
-    tx = scale_by_spectral(0.3, method=method, weight_dimension_numbers=numbers)
+    tx = scale_by_spectral(damping=0.3, method=method, weight_dimension_numbers=numbers)
     updates = first(tx, grads)
     expected = polar(grads["conv"].reshape(12, 5), 0.3).reshape(3, 2, 2, 5)
     np.testing.assert_allclose(updates["conv"], expected, atol=1e-9)
@@ -148,7 +151,7 @@ def test_dimension_numbers_are_muons():
         (1.5, -0.5, 0.0), 12, 0.0, 0.0, nesterov=False, weight_dimension_numbers=tree
     )
     expected = first(muon, grads)
-    found = first(scale_by_spectral(0.0, weight_dimension_numbers=tree), grads)
+    found = first(scale_by_spectral(damping=0.0, weight_dimension_numbers=tree), grads)
     chex.assert_trees_all_close(found, expected, atol=1e-6)
     both = [CONV, MuonDimensionNumbers(1, 0)]
     prefix = {"layer": CONV, "matrix": MuonDimensionNumbers(1, 0)}
@@ -162,7 +165,7 @@ def test_dimension_numbers_are_muons():
 def test_works_in_float32_and_hands_back_the_gradients_dtype():
     g = {"kernel": normal(0, 6, 4), "bias": normal(1, 4)}
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), g)
-    tx = scale_by_spectral(0.1, method="svd")
+    tx = scale_by_spectral(damping=0.1, method="svd")
     updates = first(tx, low)
     chex.assert_trees_all_equal_dtypes(updates, low)
     wide = first(tx, jax.tree.map(lambda x: x.astype(jnp.float32), low))
@@ -181,7 +184,7 @@ def test_stands_inside_the_owners_and_compiles_once():
     inner = scale_by_spectral(method="svd")
     for tx in (
         set_damping(inner, optax.linear_schedule(1.0, 0.1, 4)),
-        auto_damping(optax.chain(optax.identity(), inner), learner, every=2),
+        auto_damping(optax.chain(optax.identity(), inner), learner, refresh_every=2),
     ):
 
         def body(state, _, tx=tx):
@@ -200,7 +203,7 @@ def test_stands_inside_the_owners_and_compiles_once():
 
 
 def test_a_schedule_of_the_damping():
-    tx = scale_by_spectral(optax.linear_schedule(1.0, 0.5, 1))
+    tx = scale_by_spectral(damping=optax.linear_schedule(1.0, 0.5, 1))
     g = normal(0, 3, 2)
     update = jax.jit(tx.update)
     one, state = update(g, tx.init(g))
@@ -213,14 +216,19 @@ def test_a_schedule_of_the_damping():
 def test_spectral_averages_before_and_scales_after():
     """The debiased mean of the gradients, at a damping of its own unit."""
     a, b = normal(0, 3, 2), normal(1, 3, 2)
-    tx = spectral(0.1, 0.5, 0.8)
+    tx = spectral_descent(0.1, damping=0.5, momentum=0.8)
     update = jax.jit(tx.update)
     _, state = update(a, tx.init(a))
     updates, _ = update(b, state)
     mean = (0.16 * a + 0.2 * b) / 0.36
     np.testing.assert_allclose(updates, -0.1 * polar(mean, 0.5), rtol=1e-9)
-    plain = first(spectral(0.1, 0.5, None, method="svd"), b)
+    plain = first(spectral_descent(0.1, damping=0.5, momentum=None, method="svd"), b)
     np.testing.assert_allclose(plain, -0.1 * polar(b, 0.5), rtol=1e-9)
+    ahead = spectral_descent(0.1, damping=0.5, momentum=0.8, nesterov=True)
+    _, state = ahead.update(a, ahead.init(a))
+    updates, _ = ahead.update(b, state)
+    expected = -0.1 * polar(0.8 * mean + 0.2 * b, 0.5)
+    np.testing.assert_allclose(updates, expected, rtol=1e-9)
 
 
 def test_masked_leaves_are_left_alone():
@@ -236,8 +244,8 @@ def test_masked_leaves_are_left_alone():
     ("options", "match"),
     [
         ({"damping": -1.0}, r"damping is -1.0, and must be at least 0"),
-        ({"method": "qr"}, r"method is 'qr': choose 'newton_schulz' or 'svd'"),
-        ({"ns_steps": 0}, r"ns_steps is 0, and at least 1"),
+        ({"method": "qr"}, r"method is 'qr': choose from 'newton_schulz', 'sv"),
+        ({"num_iterations": 0}, r"num_iterations is 0, and must be at least 1"),
     ],
 )
 def test_refuses_at_construction(options, match):

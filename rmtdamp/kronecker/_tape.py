@@ -4,12 +4,11 @@ Each call of a layer is kept as rows (N * T, groups, features), the examples out
 beside its outputs. A second call of a layer is a further place of weight sharing.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-from ._kronecker import convolution_patches
 
 
 class Tape:
@@ -87,3 +86,57 @@ class Tape:
         if self.taps is None:
             return outputs
         return outputs + self.taps[name][len(calls) - 1]
+
+
+def convolution_patches(
+    inputs: jax.Array,
+    window: tuple[int, ...],
+    strides: tuple[int, ...],
+    padding,
+    *,
+    input_dilation: tuple[int, ...] | None = None,
+    kernel_dilation: tuple[int, ...] | None = None,
+    groups: int = 1,
+) -> jax.Array:
+    """What a convolution multiplies its kernel with, place by place.
+
+    Cut axis by axis out of the padded image: exact in every dtype, where
+    `jax.lax.conv_general_dilated_patches` is a convolution itself.
+
+    Args:
+        inputs: (N, *space, features), channels last as Flax has them.
+        window: shape of the kernel in space.
+        strides: of the window.
+        padding: as `jax.lax.conv_general_dilated` takes it.
+        input_dilation: holes between pixels.
+        kernel_dilation: holes in the kernel.
+        groups: feature groups.
+
+    Returns:
+        (N, places, groups, prod(window) * features / groups); the last axis in the
+        order of a kernel reshaped to (-1, outputs).
+    """
+    rank = len(window)
+    input_dilation = input_dilation or (1,) * rank
+    kernel_dilation = kernel_dilation or (1,) * rank
+    stretch = lambda lengths, dilation: [
+        (n - 1) * d + 1 for n, d in zip(lengths, dilation, strict=True)
+    ]
+    space = stretch(inputs.shape[1:-1], input_dilation)
+    extent = stretch(window, kernel_dilation)
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(space, extent, strides, padding)
+    holes = [d - 1 for d in input_dilation]
+    config = [(*pad, hole) for pad, hole in zip(padding, holes, strict=True)]
+    zero = jnp.zeros((), inputs.dtype)
+    x = jax.lax.pad(inputs, zero, [(0, 0, 0), *config, (0, 0, 0)])
+    for axis in range(1, 1 + rank):
+        i = axis - 1
+        places = (x.shape[axis] - extent[i]) // strides[i] + 1
+        reach = (places - 1) * strides[i] + 1
+        starts = [k * kernel_dilation[i] for k in range(window[i])]
+        cut = [jax.lax.slice_in_dim(x, s, s + reach, strides[i], axis) for s in starts]
+        x = jnp.stack(cut, axis=-2)  # (N, *places, *space, *window, features)
+    count, *places = x.shape[: 1 + rank]
+    x = jnp.reshape(x, (count, math.prod(places), math.prod(window), groups, -1))
+    return jnp.reshape(jnp.swapaxes(x, 2, 3), (count, math.prod(places), groups, -1))

@@ -1,0 +1,134 @@
+"""Vectors in few arrays, and blocks of them: what Krylov and sketching methods need.
+
+    pytree  --pack-->  small leaves joined, large ones as they are  --unpack-->  pytree
+
+Algorithms hold their vectors packed. An operation on a pytree is a kernel per leaf, and
+each takes XLA a tenth of a second to compile on a CPU: the step of `eigsh` on a network
+of 17 leaves took longer to compile than its Hessian-vector product. Large leaves stay
+apart: a copy costs more than a kernel there, and one that is split over devices stays
+split.
+
+A block of vectors has a leading axis, a row for each. Its rows are contracted by dots,
+over as many axes as they have: XLA:CPU sums over a leading axis a thousand times
+slower, and a reshape would gather what is split. Dots are made at the highest
+precision, for recent GPUs round their inputs to ten bits otherwise (TF32).
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._tree import accumulation_dtype, random_like
+from ._types import Key, Params
+
+# Leaves of at most so many elements are joined: as a float32, a quarter of a megabyte.
+SMALL = 2**16
+# What is left of a vector within a space is rounding: tens of epsilons, for products
+# are sums of many rounded terms.
+BREAKDOWN = 64
+
+
+def _is_joined(leaf, small: int) -> bool:
+    # What is split explicitly, by its type, cannot be joined without being told how.
+    split = any(jax.typeof(leaf).sharding.spec)
+    return math.prod(leaf.shape) <= small and not split
+
+
+def pack(tree: Params, small: int = SMALL) -> list[jax.Array]:
+    """The leaves of `tree` in its accumulation dtype, the small ones joined."""
+    dtype = accumulation_dtype(tree)
+    leaves = [(_is_joined(x, small), x.astype(dtype)) for x in jax.tree.leaves(tree)]
+    joined = [jnp.ravel(x) for yes, x in leaves if yes]
+    apart = [x for yes, x in leaves if not yes]
+    return [jnp.concatenate(joined), *apart] if joined else apart
+
+
+def unpack(vector: list[jax.Array], like: Params, small: int = SMALL) -> Params:
+    """What was packed, in the structure of `like`; leading axes and the dtype stay."""
+    leaves, treedef = jax.tree.flatten(like)
+    joined = [_is_joined(x, small) for x in leaves]
+    sizes = [math.prod(x.shape) for x, yes in zip(leaves, joined, strict=True) if yes]
+    apart, pieces = iter(vector), iter(())
+    if sizes:
+        pieces = iter(jnp.split(next(apart), np.cumsum(sizes)[:-1], axis=-1))
+    found = []
+    for leaf, yes in zip(leaves, joined, strict=True):
+        x = next(pieces) if yes else next(apart)
+        found.append(jnp.reshape(x, (*x.shape[:-1], *leaf.shape)) if yes else x)
+    return jax.tree.unflatten(treedef, found)
+
+
+@functools.partial(jax.jit, static_argnames="sampler")
+def draw(key: Key, like: Params, sampler) -> list[jax.Array]:
+    """A packed vector of independent draws of `sampler(key, shape, dtype)`."""
+    parts = jax.eval_shape(pack, like)
+    if len(parts) == 1:  # A key less to derive is half a draw less to compile.
+        return [sampler(key, parts[0].shape, parts[0].dtype)]
+    return random_like(key, parts, sampler)
+
+
+def zeros(like: Params, *rows: int) -> Params:
+    """A block of vectors like `like`, all zero; without `rows`, one vector."""
+    return jax.tree.map(lambda x: jnp.zeros((*rows, *x.shape), x.dtype), like)
+
+
+def row(basis: Params, i) -> Params:
+    """Vector i of a block."""
+    return jax.tree.map(lambda q: q[i], basis)
+
+
+def store(basis: Params, i, vector: Params) -> Params:
+    """The block with vector i replaced; in place where the block is donated."""
+    put = jax.lax.dynamic_update_index_in_dim
+    return jax.tree.map(lambda q, x: put(q, x.astype(q.dtype), i, 0), basis, vector)
+
+
+def project(basis: Params, vector: Params) -> jax.Array:
+    """Q^T x for a block of rows q_i: shape (rows,)."""
+
+    def dots(q, x):
+        axes = tuple(range(1, q.ndim)), tuple(range(x.ndim))
+        return jax.lax.dot_general(q, x, (axes, ((), ())), precision="highest")
+
+    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(dots, basis, vector)))
+
+
+def combine(coefficients: jax.Array, basis: Params) -> Params:
+    """sum_i c_i q_i, or several such sums for a matrix (num_sums, rows)."""
+    return jax.tree.map(
+        lambda q: jnp.tensordot(
+            coefficients.astype(q.dtype), q, axes=1, precision="highest"
+        ),
+        basis,
+    )
+
+
+def remove(basis: Params, vector: Params, coefficients: jax.Array) -> Params:
+    """The vector less sum_i c_i q_i."""
+    return jax.tree.map(jnp.subtract, vector, combine(coefficients, basis))
+
+
+def orthogonalise(
+    basis: Params, vector: Params, passes: int = 2
+) -> tuple[Params, jax.Array]:
+    """By Gram and Schmidt, (I - Q Q^T) x and Q^T x."""
+    # Two passes are enough: the second takes off what rounding left in the first, which
+    # is all there is where x lies almost within the span.
+    coefficients = project(basis, vector)
+    vector = remove(basis, vector, coefficients)
+    for _ in range(passes - 1):
+        again = project(basis, vector)
+        vector = remove(basis, vector, again)
+        coefficients = coefficients + again
+    return vector, coefficients
+
+
+def magnitude(vector: Params) -> jax.Array:
+    """The largest magnitude of an element, or 1: what to divide by before squaring."""
+    # The square of 1e25 is beyond float32, and that of 1e-25 below it.
+    largest = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(vector)]
+    largest = functools.reduce(jnp.maximum, largest)
+    return jnp.where(largest > 0, largest, 1)

@@ -1,0 +1,153 @@
+"""Checks on arguments: what is wrong, the value, the bound and the way out."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._tree import num_examples
+from ._types import Batch, LossFn, Params
+
+
+def check_range(
+    name: str, value: Any, inside: Callable[[Any], bool], bound: str
+) -> None:
+    """Refuse a Python number outside its range; schedules and traced values pass.
+
+    Raises:
+        ValueError: `value` is a number and not `inside`.
+    """
+    if isinstance(value, int | float | np.number) and not inside(value):
+        raise ValueError(f"{name} is {value}, and must be {bound}")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Refuse what is none of the choices.
+
+    Raises:
+        ValueError: `value` is none of them.
+    """
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(
+            f"{name} is {value!r}: choose from {', '.join(map(repr, choices))}"
+        )
+
+
+FORWARD, REVERSE = "forward-over-reverse", "reverse-over-reverse"
+
+
+def check_mode(mode: str) -> None:
+    """Refuse an unknown way to differentiate.
+
+    Raises:
+        ValueError: `mode` is neither of the two.
+    """
+    check_choice("mode", mode, (FORWARD, REVERSE))
+
+
+def check_every(name: str, every: Any, *, or_never: bool = False) -> None:
+    """Refuse a period that is no whole number of steps; arrays pass.
+
+    An array stands for a number that `optax.inject_hyperparams` has taken in.
+
+    Raises:
+        ValueError: a Python number below 1, or not an int.
+    """
+    if isinstance(every, jax.Array) or (every is None and or_never):
+        return
+    if isinstance(every, bool) or not isinstance(every, int | np.integer) or every < 1:
+        never = ", or None for never in the step" if or_never else ""
+        raise ValueError(
+            f"{name} is {every!r}: take a whole number of at least 1{never}"
+        )
+
+
+def check_scalar(loss_fn: LossFn, params: Params, batch: Batch, loss_args) -> None:
+    """Refuse a loss that is not one real number; costs an abstract evaluation.
+
+    Raises:
+        TypeError: the loss does not take (params, batch, *loss_args), or returns
+            anything but a real floating scalar.
+    """
+    out = _abstract(loss_fn, params, batch, loss_args)
+    if not isinstance(out, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"loss_fn must return one scalar and returned a {type(out).__name__}: "
+            "return the mean loss alone, without auxiliary output"
+        )
+    if out.shape != () or not jnp.issubdtype(out.dtype, jnp.floating):
+        raise TypeError(
+            f"loss_fn must return a real scalar and returned shape {out.shape}, dtype "
+            f"{out.dtype}: return the mean over the batch, jnp.mean(losses)"
+        )
+
+
+def _abstract(loss_fn, params, batch, loss_args):
+    """What the loss returns, as shapes; errors of the call itself are explained."""
+    try:
+        inspect.signature(loss_fn).bind(params, batch, *loss_args)
+    except ValueError:  # a builtin without a signature
+        pass
+    except TypeError as error:
+        raise TypeError(
+            f"loss_fn is called as loss_fn(params, batch, *loss_args) with "
+            f"{len(loss_args)} of loss_args, and cannot be: {error}. A loss of several "
+            "arrays takes them as one batch, "
+            "lambda params, batch: loss(params, *batch); what is no example goes "
+            "through loss_args"
+        ) from error
+    try:
+        return jax.eval_shape(loss_fn, params, batch, *loss_args)
+    except (TypeError, AttributeError) as error:
+        origin = {base.__module__.partition(".")[0] for base in type(params).__mro__}
+        if "flax" in origin:
+            raise TypeError(
+                f"loss_fn failed on the params of an nnx model, a State ({error}): a "
+                "loss of the model itself, loss(model, batch), goes through "
+                "rmtdamp.flax.curvature_loss(model, loss)"
+            ) from error
+        if "equinox" in origin:
+            raise TypeError(
+                f"loss_fn failed on the filtered Equinox model that are its params "
+                f"({error}): partition it, params, static = eqx.partition(model, "
+                "eqx.is_inexact_array), and let the loss put it together again, "
+                "loss(eqx.combine(params, static), batch)"
+            ) from error
+        raise
+
+
+def check_outputs(outputs: Params, inputs: Batch) -> None:
+    """Refuse outputs of a model without a row per example.
+
+    Raises:
+        ValueError: an output has another leading axis than the inputs.
+    """
+    count = num_examples(inputs, "inputs")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(outputs):
+        if leaf.ndim == 0 or leaf.shape[0] != count:
+            raise ValueError(
+                f"model_fn's output{jax.tree_util.keystr(path)} has shape {leaf.shape} "
+                f"for {count} inputs: outputs need one row per example"
+            )
+
+
+def pair(batch: Batch) -> tuple[Batch, Batch]:
+    """A batch as (inputs, targets).
+
+    Returns:
+        The two.
+
+    Raises:
+        ValueError: it is no pair, empty, or of unequal leading axes.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ValueError(
+            f"batch is a {type(batch).__name__}, and must be a pair (inputs, targets): "
+            "the model sees the first and the loss the second"
+        )
+    num_examples(batch)
+    return tuple(batch)

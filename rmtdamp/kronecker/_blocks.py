@@ -1,0 +1,165 @@
+"""Which leaves of the params one block of the curvature covers.
+
+Convention. A layer is a matrix W of shape (rows, columns) acting from the right,
+y = a W, as Flax stores its kernels; a bias is a last row of W, and a then ends in a 1.
+Convolutions are the same with a patch of the image for a, kernels reshaped to
+(prod(window) * inputs, outputs). Every matrix has a leading axis of feature groups, 1
+but for grouped convolutions, whose groups are layers of their own.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rmtdamp._types import Params
+
+
+class Block(NamedTuple):
+    """The leaves of the params that one block of the curvature covers. Static."""
+
+    name: str  # of the layer or leaf
+    leaves: tuple[int, ...]  # places in jax.tree.leaves(params): kernel, bias; or one
+    shapes: tuple[tuple[int, ...], ...]  # of these leaves
+    groups: int = 0  # feature groups; 0: the block is diagonal
+    num_outputs: int = 0  # output features of all groups
+
+    @property
+    def rows(self) -> int:
+        """Rows of the weight matrix of a group, with the bias."""
+        return math.prod(self.shapes[0]) // self.num_outputs + len(self.leaves) - 1
+
+    @property
+    def columns(self) -> int:
+        """Columns of the weight matrix of a group."""
+        return self.num_outputs // self.groups
+
+
+def leaf_names(params: Params) -> list[str]:
+    """The path of each leaf, its keys joined by slashes: "dense/kernel".
+
+    A box around a leaf (a variable of Flax with its `value`) adds nothing to its name.
+
+    Returns:
+        One name per leaf.
+    """
+    names = []
+    for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        if path and getattr(path[-1], "name", None) == "value":
+            path = path[:-1]
+        names.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+    return names
+
+
+def make_blocks(params: Params, layers: dict[str, dict]) -> tuple[Block, ...]:
+    """The blocks of all params: Kronecker for the given layers, else diagonal.
+
+    Args:
+        params: pytree of real floating arrays, for shapes.
+        layers: name of the layer -> its `kernel` (name of a leaf, as `leaf_names`
+            gives it), `bias` (the same, optional), `groups` (feature groups,
+            default 1) and `num_outputs` (default: the last axis of the kernel).
+
+    Returns:
+        One block per layer, and one per leaf that belongs to none, in the order of
+        `jax.tree.leaves(params)`.
+
+    Raises:
+        ValueError: a name that no leaf has, a leaf in two layers, or shapes that do
+            not make a weight matrix.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.kronecker import make_blocks
+        >>> params = {"b": jnp.zeros(3), "scale": jnp.ones(4), "w": jnp.zeros((4, 3))}
+        >>> layers = {"layer": {"kernel": "w", "bias": "b"}}
+        >>> [(block.name, block.leaves) for block in make_blocks(params, layers)]
+        [('layer', (2, 0)), ('scale', (1,))]
+    """
+    names = leaf_names(params)
+    shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
+    taken: dict[int, str] = {}
+    blocks = []
+    for layer, spec in layers.items():
+        parts = [spec["kernel"]] + ([spec["bias"]] if spec.get("bias") else [])
+        for part in parts:
+            if part not in names:
+                raise ValueError(
+                    f"layer {layer!r} names {part!r}, and no leaf of params has that "
+                    f"name: choose from {', '.join(names)}"
+                )
+        places = tuple(map(names.index, parts))
+        for place in places:
+            if place in taken:
+                raise ValueError(
+                    f"{names[place]!r} belongs to layers {taken[place]!r} and "
+                    f"{layer!r}: name it once, a tied layer is one that is called twice"
+                )
+            taken[place] = layer
+        kernel = shapes[places[0]]
+        groups = spec.get("groups", 1)
+        num_outputs = spec.get("num_outputs", kernel[-1] if kernel else 0)
+        fits = len(kernel) >= 2 and num_outputs and math.prod(kernel) % num_outputs == 0
+        fits = fits and num_outputs % groups == 0
+        if not fits or any(math.prod(shapes[p]) != num_outputs for p in places[1:]):
+            raise ValueError(
+                f"layer {layer!r} has shapes {[shapes[p] for p in places]} for "
+                f"{num_outputs} outputs in {groups} groups: its kernel must be "
+                "(..., outputs), its bias (outputs,), and groups divide the outputs"
+            )
+        block_shapes = tuple(shapes[p] for p in places)
+        blocks.append(Block(layer, places, block_shapes, groups, num_outputs))
+    for place, (name, shape) in enumerate(zip(names, shapes, strict=True)):
+        if place not in taken:
+            blocks.append(Block(name, (place,), (shape,)))
+    return tuple(sorted(blocks, key=lambda block: min(block.leaves)))
+
+
+def block_table(blocks: tuple[Block, ...]) -> str:
+    """Which block each parameter got, as a text table.
+
+    Args:
+        blocks: from `make_blocks`, or the attribute of a `FactorsFn`.
+
+    Returns:
+        Lines of name, shapes of the leaves, kind and size of the block.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.kronecker import block_table, make_blocks
+        >>> params = {"b": jnp.zeros(3), "scale": jnp.ones(4), "w": jnp.zeros((4, 3))}
+        >>> layers = {"layer": {"kernel": "w", "bias": "b"}}
+        >>> print(block_table(make_blocks(params, layers)))
+        layer  params        block
+        layer  (4, 3), (3,)  Kronecker 5 x 3
+        scale  (4,)          diagonal
+    """
+    rows = [("layer", "params", "block")]
+    for block in blocks:
+        kind = "diagonal"
+        if block.groups:
+            copies = f", {block.groups} groups" if block.groups > 1 else ""
+            kind = f"Kronecker {block.rows} x {block.columns}{copies}"
+        rows.append((block.name, ", ".join(map(str, block.shapes)), kind))
+    first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
+    return "\n".join(f"{a:<{first}}  {b:<{second}}  {c}" for a, b, c in rows)
+
+
+def to_matrix(block: Block, leaves: list[jax.Array]) -> jax.Array:
+    """Kernel and bias of a layer as (groups, rows, columns)."""
+    kernel, *bias = [
+        jnp.reshape(leaf, (-1, block.groups, block.columns)) for leaf in leaves
+    ]
+    return jnp.swapaxes(jnp.concatenate([kernel, *bias]), 0, 1)
+
+
+def from_matrix(block: Block, matrix: jax.Array) -> list[jax.Array]:
+    """Kernel and bias of a layer, from (groups, rows, columns)."""
+    bias = len(block.leaves) - 1
+    matrix = jnp.swapaxes(matrix, 0, 1)
+    parts = [matrix[: block.rows - bias], matrix[block.rows - bias :]]
+    return [
+        jnp.reshape(part, shape)
+        for part, shape in zip(parts[: 1 + bias], block.shapes, strict=True)
+    ]

@@ -1,0 +1,148 @@
+"""A layer's inputs and output gradients -> Kronecker factors -> their eigenbasis.
+
+    LayerRecord        what a layer saw: its inputs a and the gradients g of its outputs
+    KroneckerFactors   A = E[a a^T], G = E[g g^T]; the block of the curvature is A x G
+    Eigenbasis         A = Q_A diag(l_A) Q_A^T and the same for G
+
+Vectorised row by row, a layer's weight matrix has the curvature kron(A, G). N is the
+number of examples, T the number of places (pixels, time steps, calls) where an example
+meets the same weights, C the number of gradients that an example brings (1 for a Fisher
+matrix from labels, the number of outputs for the exact Gauss-Newton matrix).
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rmtdamp._tree import accumulation_dtype
+
+Sharing = Literal["expand", "reduce"]
+
+
+class LayerRecord(NamedTuple):
+    """What a layer saw of a batch; each g is that of one example's own loss."""
+
+    inputs: jax.Array  # (N, T, groups, rows), with the 1 of the bias
+    gradients: jax.Array  # (C, N, T, groups, columns)
+
+
+class KroneckerFactors(NamedTuple):
+    """The two factors of a layer's block."""
+
+    inputs: jax.Array  # (groups, rows, rows), A
+    outputs: jax.Array  # (groups, columns, columns), G
+
+
+class Eigenbasis(NamedTuple):
+    """Eigenvectors, as columns, and eigenvalues of both factors, clipped at 0."""
+
+    inputs: jax.Array  # (groups, rows, rows), Q_A
+    outputs: jax.Array  # (groups, columns, columns), Q_G
+    input_values: jax.Array  # (groups, rows), l_A, ascending
+    output_values: jax.Array  # (groups, columns), l_G, ascending
+
+
+class Factors(NamedTuple):
+    """The curvature of all params, block by block."""
+
+    kronecker: tuple[KroneckerFactors, ...]  # per Kronecker block, in order
+    diagonal: tuple[jax.Array, ...]  # per diagonal block, shaped like its leaf
+    records: tuple[LayerRecord, ...] = ()  # per Kronecker block; for EKFAC alone
+
+
+def layer_record(
+    inputs: jax.Array,
+    gradients: jax.Array,
+    *,
+    bias: bool,
+    sharing: Sharing = "expand",
+    dtype: jnp.dtype | None = None,
+) -> LayerRecord:
+    """Bring inputs and output gradients into the form that factors are made from.
+
+    Args:
+        inputs: (N, T, groups, rows without bias).
+        gradients: (C, N, T, groups, columns), each of an example's own loss.
+        bias: whether to append the 1 that the bias is multiplied with.
+        sharing: "expand" keeps the T places; "reduce" takes the mean of the inputs
+            and the sum of the gradients over them first.
+        dtype: of the record; default float32 or wider.
+
+    Returns:
+        The record.
+
+    References:
+        Eschenhagen, Immer, Turner, Schneider and Hennig, Kronecker-factored approximate
+        curvature for modern neural network architectures, 2023, sections 3.2 and 3.3.
+    """
+    dtype = dtype or accumulation_dtype((inputs, gradients))
+    inputs, gradients = inputs.astype(dtype), gradients.astype(dtype)
+    if bias:
+        ones = jnp.ones((*inputs.shape[:-1], 1), dtype)
+        inputs = jnp.concatenate([inputs, ones], axis=-1)
+    if sharing == "reduce":
+        inputs = jnp.mean(inputs, axis=1, keepdims=True)
+        gradients = jnp.sum(gradients, axis=2, keepdims=True)
+    return LayerRecord(inputs, gradients)
+
+
+def kronecker_factors(record: LayerRecord) -> KroneckerFactors:
+    """A = (NT)^-1 sum a a^T and G = N^-1 sum g g^T, over examples, places, gradients.
+
+    `A x G` is the block exactly for one example with T = 1 and C = 1, for a G that does
+    not vary over examples (the Gauss-Newton matrix of a linear network under squared
+    error); else it supposes inputs and gradients independent.
+
+    Args:
+        record: of the layer.
+
+    Returns:
+        The two factors.
+
+    References:
+        Martens and Grosse, Optimizing neural networks with Kronecker-factored
+        approximate curvature, 2015, section 3. Grosse and Martens, A Kronecker-factored
+        approximate Fisher matrix for convolution layers, 2016, section 3.
+    """
+    a, g = record
+    count, places = a.shape[:2]
+    inputs = jnp.einsum("ntka,ntkb->kab", a, a, precision="highest")
+    outputs = jnp.einsum("cntko,cntkp->kop", g, g, precision="highest")
+    return KroneckerFactors(inputs / (count * places), outputs / count)
+
+
+def eigenbasis(factors: KroneckerFactors) -> Eigenbasis:
+    """Eigendecomposition of both factors; rounding below 0 is cut."""
+    input_values, inputs = jnp.linalg.eigh(factors.inputs)
+    output_values, outputs = jnp.linalg.eigh(factors.outputs)
+    clip = lambda values: jnp.maximum(values, 0)
+    return Eigenbasis(inputs, outputs, clip(input_values), clip(output_values))
+
+
+def second_moments(record: LayerRecord, basis: Eigenbasis) -> jax.Array:
+    """The diagonal of the block in the eigenbasis, exact: EKFAC's rescaling.
+
+    Args:
+        record: of the layer.
+        basis: of its factors.
+
+    Returns:
+        (groups, rows, columns): mean over examples of the squared entries of
+        Q_A^T (sum over places of a g^T) Q_G, summed over the C gradients.
+
+    References:
+        George, Laurent, Bouthillier, Ballas and Vincent, Fast approximate natural
+        gradient descent in a Kronecker-factored eigenbasis, 2018, section 3.
+    """
+    project = lambda x, q: jnp.einsum("...kx,kxy->...ky", x, q, precision="highest")
+    a = project(record.inputs, basis.inputs)
+    g = project(record.gradients, basis.outputs)
+    count, places = a.shape[:2]
+    if places == 1:
+        squares = jnp.sum(g[:, :, 0] ** 2, axis=0)
+        total = jnp.einsum("nka,nko->kao", a[:, 0] ** 2, squares, precision="highest")
+    else:
+        per_example = jnp.einsum("ntka,cntko->cnkao", a, g, precision="highest")
+        total = jnp.sum(per_example**2, axis=(0, 1))
+    return total / count

@@ -1,0 +1,278 @@
+"""Transformations that hold a damping: the one that learns it, the one that is told.
+
+Each keeps the damping in its state and hands it to the transformation inside it, as the
+extra arguments `damping` and `damping_target` of `update`. There is one in a chain.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rmtdamp._checks import check_every, check_range
+from rmtdamp._tree import accumulation_dtype
+from rmtdamp._types import LossFn
+from rmtdamp.damping import LearnedDamping
+
+from ._learner import DampingLearner
+from ._measurer import check_whole, refresh_in_step
+
+
+class AutoDampingState(NamedTuple):
+    """State of `auto_damping`."""
+
+    count: Any  # (), int32, steps taken
+    measured: LearnedDamping  # scalars; changes when the damping is refreshed
+    inner_state: Any  # of the transformation inside
+
+
+class SetDampingState(NamedTuple):
+    """State of `set_damping`."""
+
+    count: Any  # (), int32, steps taken
+    damping: jax.Array  # (), delta that the last step used
+    damping_target: jax.Array  # (), tau
+    inner_state: Any  # of the transformation inside
+
+
+def _init_inside(inner, params):
+    """The state of `inner`, which must use a damping and hold none."""
+    state = inner.init(params)
+    holds = lambda node: isinstance(node, AutoDampingState | SetDampingState)
+    if any(map(holds, jax.tree.leaves(state, is_leaf=holds))):
+        raise ValueError(
+            "two transformations of one chain hold a damping: the one inside already "
+            "does (auto_damping or set_damping); keep one of the two"
+        )
+    if not _may_use_damping(inner, state, params):
+        raise ValueError(
+            "the transformation inside ignores `damping`, so setting or learning one "
+            "would change nothing: take one that uses it (scale_by_adam_shrinkage, "
+            "adam_shrinkage), or wrap an optax factory, "
+            "with_damping(optax.adam)(learning_rate). (A wrapper inside that drops "
+            "extra arguments, as optax.MultiSteps does, hides it: put auto_damping in.)"
+        )
+    return state
+
+
+def _may_use_damping(inner, state, params) -> bool:
+    """False if an update of `inner` is known not to depend on the damping."""
+
+    def update(damping):
+        return inner.update(
+            params, state, params, damping=damping, damping_target=jnp.ones(())
+        )
+
+    try:
+        traced = jax.make_jaxpr(update)(jnp.zeros(())).jaxpr
+    except Exception:  # one that needs more arguments, or `init` with placeholders
+        return True
+    (damping,) = traced.invars
+    if not traced.outvars or not jax.tree.leaves(params):
+        return True
+    return any(damping is x for equation in traced.eqns for x in equation.invars)
+
+
+def _check_not_handed_in(extra_args) -> None:
+    if "damping" in extra_args:
+        raise ValueError(
+            "two transformations of one chain hold a damping: this one does and was "
+            "handed another from outside; keep one auto_damping or set_damping, and do "
+            "not pass damping= to update"
+        )
+
+
+def auto_damping(
+    inner: optax.GradientTransformation,
+    learner: DampingLearner | LossFn,
+    *,
+    refresh_every: int | None = 100,
+) -> optax.GradientTransformationExtraArgs:
+    """Learn the damping of any transformation that takes one, while training runs.
+
+    Every `refresh_every` steps, the first included, the Hessian's moments are measured
+    on the batch of the step and the damping follows them (`DampingLearner`); at each
+    step the transformation inside is handed the damping in force. With
+    `identity_target` this is the paper's learner: delta <- 0.7 delta + 0.3 (floor +
+    P^-1 Tr Var(H)).
+
+    `update(grads, state, params, batch=batch, loss_args=(), curvature_batch=None)`:
+
+    - `params` whole (not masked) and `batch` are needed; `loss_args` are further
+      arguments of the loss, traced and not split (batch statistics, keys);
+    - `curvature_batch` is another sample to measure on; the noise meant is still that
+      of `batch`.
+
+    A measurement that cannot be used (not finite, far from all before it, or without a
+    valid damping) leaves the damping as it was and is counted. In the state, for
+    logging: `optax.tree.get(opt_state, name)` with "damping", "measured_variance",
+    "last_refresh", "refresh_attempts", "refresh_rejections", "refresh_caps",
+    "loss_mismatches"; `rmtdamp.check_state(opt_state)` puts into words what they say.
+
+    When to measure by hand. `refresh_every=None` never measures in the step; call
+    `rmtdamp.refresh` when it suits. Do so (a) for convolutional networks on a CPU,
+    where XLA runs convolutions inside a conditional some thirty times slower, (b)
+    inside `optax.MultiSteps` and under `vmap`, which turn the conditional into a
+    selection and pay for a measurement at each step, (c) inside wrappers that drop
+    extra arguments, such as `optax.lookahead` and `optax.contrib.sam`.
+
+    Args:
+        inner: a transformation whose `update` uses the extra argument `damping`:
+            `scale_by_adam_shrinkage`, an optax factory through `with_damping`, or a
+            chain with one of them.
+        learner: a `DampingLearner`, or a loss function for one with the defaults.
+        refresh_every: steps between measurements, at least 1; None for never in the
+            step.
+
+    Returns:
+        A gradient transformation.
+
+    Raises:
+        ValueError: `refresh_every` below 1; from `init`: an inner transformation that
+            ignores `damping` or holds one itself, params with holes; from `update`:
+            params or batch missing, a bad batch, a `damping` from outside.
+        TypeError: params that are not real floats, or a loss that is not a scalar.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> import rmtdamp
+        >>> def loss_fn(params, batch):
+        ...     return jnp.mean((batch @ params - 1.0) ** 2)
+        >>> learner = rmtdamp.DampingLearner(loss_fn, floor=1e-3)
+        >>> tx = optax.chain(
+        ...     optax.clip_by_global_norm(1.0),
+        ...     rmtdamp.auto_damping(rmtdamp.scale_by_adam_shrinkage(), learner),
+        ...     optax.scale_by_learning_rate(0.1),
+        ... )
+        >>> batch = jax.random.normal(jax.random.key(0), (32, 4))
+        >>> params = jnp.zeros(4)
+        >>> state = tx.init(params)
+        >>> grads = jax.grad(loss_fn)(params, batch)
+        >>> updates, state = tx.update(grads, state, params, batch=batch)
+        >>> variance = optax.tree.get(state, "measured_variance")
+        >>> damping = optax.tree.get(state, "damping")
+        >>> print(f"{damping - variance:.3f}")
+        0.001
+
+    References:
+        Granziol and Baskerville, section 7: eq. 15, Algorithm 1, the averaging of
+        section 7.1 (the first damping is floor + variance).
+    """
+    if not isinstance(learner, DampingLearner):
+        learner = DampingLearner(learner)
+    check_every("refresh_every", refresh_every, or_never=True)
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params):
+        check_whole(params, "auto_damping")
+        return AutoDampingState(
+            count=jnp.zeros((), jnp.int32),
+            measured=learner.init(params),
+            inner_state=_init_inside(inner, params),
+        )
+
+    def update(
+        updates,
+        state,
+        params=None,
+        *,
+        batch=None,
+        loss_args=(),
+        curvature_batch=None,
+        **extra_args,
+    ):
+        _check_not_handed_in(extra_args)
+        given = {
+            "batch": batch,
+            "loss_args": loss_args,
+            "curvature_batch": curvature_batch,
+        }
+        learned = refresh_in_step(
+            "auto_damping", learner, refresh_every, state, updates, params, **given
+        )
+        extra_args |= {name: x for name, x in given.items() if x is not None}
+        updates, inner_state = inner.update(
+            updates,
+            state.inner_state,
+            params,
+            damping=learned.damping,
+            damping_target=learned.damping_target,
+            **extra_args,
+        )
+        count = optax.safe_increment(state.count)
+        return updates, AutoDampingState(count, learned, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def set_damping(
+    inner: optax.GradientTransformation,
+    damping: optax.ScalarOrSchedule,
+    *,
+    target: jax.typing.ArrayLike = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Hold the damping of a transformation at a constant, or let it follow a schedule.
+
+    `auto_damping` without a learner: the damping in force is in the state
+    (`optax.tree.get(opt_state, "damping")`) and travels inward.
+
+    Args:
+        inner: a transformation whose `update` uses the extra argument `damping`.
+        damping: delta, a number or a schedule of the step, in the unit of `inner`.
+        target: tau, for transformations with a shrinkage form.
+
+    Returns:
+        A gradient transformation.
+
+    Raises:
+        ValueError: a negative number, an inner transformation that ignores `damping`
+            or holds one itself, a `damping` from outside.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import rmtdamp
+        >>> schedule = optax.linear_schedule(1e-2, 1e-3, transition_steps=1000)
+        >>> tx = rmtdamp.set_damping(rmtdamp.adam_shrinkage(1e-3), schedule)
+        >>> params = jnp.ones(2)
+        >>> updates, state = tx.update(jnp.ones(2), tx.init(params), params)
+        >>> print(f"{optax.tree.get(state, 'damping'):.2f}")
+        0.01
+    """
+    check_range("damping", damping, lambda x: x >= 0, "at least 0")
+    inner = optax.with_extra_args_support(inner)
+
+    def at(count):
+        return damping(count) if callable(damping) else damping
+
+    def init(params):
+        dtype = accumulation_dtype(params)
+        count = jnp.zeros((), jnp.int32)
+        return SetDampingState(
+            count=count,
+            # Copies: a step that donates its state must not delete the arguments.
+            damping=jnp.array(at(count), dtype, copy=True),
+            damping_target=jnp.array(target, dtype, copy=True),
+            inner_state=_init_inside(inner, params),
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        _check_not_handed_in(extra_args)
+        value = jnp.asarray(at(state.count)).astype(state.damping.dtype)
+        updates, inner_state = inner.update(
+            updates,
+            state.inner_state,
+            params,
+            damping=value,
+            damping_target=state.damping_target,
+            **extra_args,
+        )
+        return updates, SetDampingState(
+            count=optax.safe_increment(state.count),
+            damping=value,
+            damping_target=state.damping_target,
+            inner_state=inner_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,258 @@
+"""A KroneckerMeasurer: averaged Kronecker factors and their eigenbases. No optax state.
+
+Factors are averaged at each measurement; eigenbases follow the averages more rarely.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rmtdamp._checks import check_every, check_range
+from rmtdamp._jax import is_traced
+from rmtdamp._tree import accumulation_dtype
+from rmtdamp._types import Params
+from rmtdamp.kronecker import (
+    Block,
+    Eigenbasis,
+    FactorsFn,
+    KroneckerFactors,
+    eigenbasis,
+    second_moments,
+)
+
+from ._measurer import Context, with_numbers
+
+
+class KroneckerState(NamedTuple):
+    """What a `KroneckerMeasurer` knows; factors are in float32 or wider."""
+
+    # every measurement
+    factors: tuple[KroneckerFactors, ...]  # per Kronecker block, averaged
+    diagonal: tuple[jax.Array, ...]  # per diagonal block, shaped like its leaf
+    factor_weight: jax.Array  # (), 1 - decay^k; 1 without debiasing
+    scales: tuple[jax.Array, ...]  # EKFAC: (groups, rows, columns) per Kronecker block
+    scale_weight: jax.Array  # (), of the measurements in the bases of now
+    kfac_measurements: jax.Array  # (), int32, tried
+    kfac_rejections: jax.Array  # (), int32, of them not finite
+    # every eigendecomposition
+    bases: tuple[Eigenbasis, ...]  # per Kronecker block
+    eigen_refreshes: jax.Array  # (), int32
+
+    def problems(self) -> list[str]:
+        """What a user should know of a run, in words; eager."""
+        tried = self.kfac_measurements
+        if tried > 1 and self.kfac_rejections == tried:
+            return [
+                "no measurement of the Kronecker factors was finite "
+                '(optax.tree.get(opt_state, "kfac_rejections")), so the curvature is '
+                "the identity: look at the loss, the data and the learning rate"
+            ]
+        return []
+
+
+@with_numbers("decay", "seed")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KroneckerMeasurer:
+    """Measures and averages the Kronecker factors of a model, for `scale_by_kfac`.
+
+    The averages A <- decay A + (1 - decay) A_batch, and G likewise, begin at the first
+    measurement and are debiased, or begin at the identity (`debias=False`): then the
+    identity fades like decay^k, a damping of its own over the first few times
+    1 / (1 - decay) measurements. The authors' experiments did the latter.
+
+    A measurer holds no state, and all its settings: hand the same one to `kfac` and to
+    `rmtdamp.refresh`. It is a pytree; its numbers are leaves, the rest is static.
+
+    Args:
+        factors_fn: measures the factors of a batch, `rmtdamp.flax.nnx_factors`,
+            `linen_factors`, or a `rmtdamp.kronecker.ModelFactors` of your own.
+        decay: weight of the past in the averages, in [0, 1).
+        eigen_every: measurements between eigendecompositions, at least 1, the first
+            measurement included.
+        ekfac: measure the diagonal of the curvature in the eigenbasis too.
+        debias: whether averages begin at the first measurement or at the identity.
+        seed: of sampled labels, which are a function of it and the measurement's
+            number: the same on every device and after a restart.
+
+    Raises:
+        ValueError: a number out of its range.
+        TypeError: `factors_fn` is something else.
+
+    References:
+        Martens and Grosse, Optimizing neural networks with Kronecker-factored
+        approximate curvature, 2015, section 5. George et al., 2018, for EKFAC.
+    """
+
+    state_type: ClassVar[type] = KroneckerState
+
+    factors_fn: FactorsFn = dataclasses.field(kw_only=False)
+    decay: Any = 0.95
+    eigen_every: int = 10
+    ekfac: bool = False
+    debias: bool = True
+    seed: Any = 0
+
+    def __post_init__(self):
+        if not hasattr(self.factors_fn, "blocks"):
+            raise TypeError(
+                f"factors_fn is of type {type(self.factors_fn).__name__} and has no "
+                "blocks: KFAC needs to see a model's layers, through "
+                "rmtdamp.flax.nnx_factors(model, criterion), "
+                "rmtdamp.flax.linen_factors(...) or rmtdamp.kronecker.ModelFactors; a "
+                "loss function does not show them"
+            )
+        check_range("decay", self.decay, lambda x: 0 <= x < 1, "in [0, 1)")
+        check_every("eigen_every", self.eigen_every)
+
+    def init(self, params: Params) -> KroneckerState:
+        """Before any measurement: the curvature is the identity, gradients are kept."""
+        dtype = accumulation_dtype(params)
+        blocks = self.factors_fn.blocks
+        layers = [block for block in blocks if block.groups]
+        zero = lambda: jnp.zeros((), jnp.int32)  # not shared, so that a step may donate
+        ones = lambda *shape: jnp.ones(shape, dtype)
+
+        def eye(n, groups):
+            return jnp.tile(jnp.eye(n, dtype=dtype)[None], (groups, 1, 1))
+
+        return KroneckerState(
+            factors=tuple(
+                KroneckerFactors(eye(b.rows, b.groups), eye(b.columns, b.groups))
+                for b in layers
+            ),
+            diagonal=tuple(ones(*b.shapes[0]) for b in blocks if not b.groups),
+            # An average that has weight 1 before its first measurement keeps what it
+            # began with.
+            factor_weight=jnp.asarray(0 if self.debias else 1, dtype),
+            scales=tuple(
+                ones(b.groups, b.rows, b.columns) for b in layers if self.ekfac
+            ),
+            scale_weight=jnp.zeros((), dtype),
+            kfac_measurements=zero(),
+            kfac_rejections=zero(),
+            bases=tuple(
+                Eigenbasis(
+                    eye(b.rows, b.groups),
+                    eye(b.columns, b.groups),
+                    ones(b.groups, b.rows),
+                    ones(b.groups, b.columns),
+                )
+                for b in layers
+            ),
+            eigen_refreshes=zero(),
+        )
+
+    def refresh(self, measured: KroneckerState, context: Context) -> KroneckerState:
+        """Measure on the batch and average; decompose where it is due.
+
+        What is not finite is counted, and all else stays as it was.
+
+        Returns:
+            The state after the measurement.
+        """
+        if is_traced(measured, context):
+            found = _measure(self, measured, context)
+            due = _decomposes(self, measured)
+            bases_of = lambda state: jax.lax.cond(
+                due, _eigenbases, lambda _: state.bases, state.factors
+            )
+            averaged = _average(self, measured, found)
+            return _accept(self, measured, averaged, found, bases_of(averaged), due)
+        found = _compiled_measure(self, measured, context)
+        averaged = _compiled_average(self, measured, found)
+        due = _decomposes(self, measured)
+        bases = _compiled_eigenbases(averaged.factors) if due else measured.bases
+        return _compiled_accept(self, measured, averaged, found, bases, due)
+
+
+def _measure(measurer, state, context):
+    key = jax.random.fold_in(jax.random.key(measurer.seed), state.kfac_measurements)
+    factors_fn = measurer.factors_fn
+    found = factors_fn(context.params, context.batch, key, *context.loss_args)
+    _check_measured(factors_fn.blocks, state, found, measurer.ekfac)
+    dtype = state.factor_weight.dtype
+    return jax.tree.map(lambda x: x.astype(dtype), found)
+
+
+def _check_measured(blocks: tuple[Block, ...], state, found, ekfac) -> None:
+    shapes = lambda tree: [leaf.shape for leaf in jax.tree.leaves(tree)]
+    measured = shapes((found.kronecker, found.diagonal))
+    expected = shapes((state.factors, state.diagonal))
+    if measured != expected:
+        raise ValueError(
+            f"factors_fn returned factors of shapes {measured}, and its blocks "
+            f"({', '.join(block.name for block in blocks)}) need {expected}"
+        )
+    if ekfac and len(found.records) != len(state.factors):
+        raise ValueError(
+            f"ekfac=True needs the record of each of the {len(state.factors)} layers, "
+            f"and factors_fn returned {len(found.records)}: fill Factors.records"
+        )
+
+
+def _mixed(old, new, weight, decay):
+    """A debiased exponential average and its weight; from weight 0 it is `new`."""
+    decay = jnp.asarray(decay).astype(weight.dtype)
+    total = decay * weight + (1 - decay)
+    rate = (1 - decay) / total
+    mix = lambda x, y: jnp.where(weight == 0, y, (1 - rate) * x + rate * y)
+    return jax.tree.map(mix, old, new), total
+
+
+def _all_finite(tree) -> jax.Array:
+    checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(checks)) if checks else jnp.asarray(True)
+
+
+def _select(condition, new, old):
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)
+
+
+def _average(measurer, state, found) -> KroneckerState:
+    """The state with new averages, unless what was found is not finite."""
+    old, new = (state.factors, state.diagonal), (found.kronecker, found.diagonal)
+    averages, weight = _mixed(old, new, state.factor_weight, measurer.decay)
+    (factors, diagonal), weight = _select(
+        _all_finite(new), (averages, weight), (old, state.factor_weight)
+    )
+    return state._replace(factors=factors, diagonal=diagonal, factor_weight=weight)
+
+
+def _decomposes(measurer, state):
+    """Whether this measurement renews the bases: in turn, or because none ever did."""
+    in_turn = state.kfac_measurements % measurer.eigen_every == 0
+    return in_turn | (state.eigen_refreshes == 0)
+
+
+def _eigenbases(factors) -> tuple[Eigenbasis, ...]:
+    return tuple(map(eigenbasis, factors))
+
+
+def _accept(measurer, before, averaged, found, bases, due) -> KroneckerState:
+    """The state after a measurement, or the one before where it was not finite."""
+    scales, weight = before.scales, before.scale_weight
+    if measurer.ekfac:
+        moments = tuple(map(second_moments, found.records, bases))
+        # A new basis begins a new average: old entries belong to other directions.
+        scales, weight = _mixed(
+            scales, moments, jnp.where(due, 0, weight), measurer.decay
+        )
+    good = _all_finite((found.kronecker, found.diagonal, bases, scales))
+    after = averaged._replace(
+        scales=scales,
+        scale_weight=weight,
+        bases=bases,
+        eigen_refreshes=before.eigen_refreshes + jnp.asarray(due).astype(jnp.int32),
+    )
+    return _select(good, after, before)._replace(
+        kfac_measurements=before.kfac_measurements + 1,
+        kfac_rejections=before.kfac_rejections + (~good).astype(jnp.int32),
+    )
+
+
+_compiled_measure = jax.jit(_measure)
+_compiled_average = jax.jit(_average)
+_compiled_eigenbases = jax.jit(_eigenbases)
+_compiled_accept = jax.jit(_accept)

@@ -1,0 +1,354 @@
+"""Measurements that training repeats: in the step, or by hand between steps.
+
+    measurer, params            ->  what is known before any measurement
+    measurer, known, context    ->  what is known after one
+
+A measurer knows how to measure and holds no state: what it finds is a tree of arrays,
+kept by the transformation that uses it in a field `measured`, beside the `count` of its
+steps. That is all it takes for a measurement to run behind a conditional in the
+training step (`refresh_in_step`) and by hand between steps, in any chain (`refresh`).
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import optax
+
+from rmtdamp._jax import is_traced
+from rmtdamp._tree import check_params, num_examples
+from rmtdamp._types import Batch, Params
+
+T = TypeVar("T")
+
+
+def with_numbers(*names: str) -> Callable[[type[T]], type[T]]:
+    """A decorator that makes a dataclass a pytree.
+
+    Args:
+        *names: the fields that hold numbers: its leaves, which may be traced. All other
+            fields are static.
+
+    Returns:
+        The decorator.
+    """
+
+    def register(cls: Any) -> Any:
+        rest = [f.name for f in dataclasses.fields(cls) if f.name not in names]
+        return jax.tree_util.register_dataclass(cls, list(names), rest)
+
+    return register
+
+
+class Context(NamedTuple):
+    """What a training step shows to a measurer."""
+
+    step: Any  # (), int32, steps taken before this one
+    params: Params
+    batch: Batch  # what to measure on
+    batch_size: Any  # examples of the training batch, whose noise is meant
+    loss_args: tuple = ()  # further arguments of the loss
+    grads: Params | None = None  # the updates that come in; None by hand without them
+
+
+class Measurer(Protocol):
+    """Knows how to measure: a frozen dataclass, and a pytree whose leaves are numbers.
+
+    `jax.tree_util.register_static` makes a pytree of it, `with_numbers` one whose
+    numbers may be traced.
+    """
+
+    state_type: ClassVar[type]  # of what `init` and `refresh` return, its own alone
+
+    def init(self, params: Params) -> Any:
+        """What is known before any measurement: arrays, of the shapes that stay."""
+        ...
+
+    def refresh(self, measured: Any, context: Context) -> Any:
+        """What is known after a measurement; traced in the step, eager by hand.
+
+        What cannot be used (not finite) is counted in the state and changes nothing
+        else: values cannot raise in a compiled step.
+        """
+        ...
+
+
+def is_due(count: jax.Array, every: Any) -> jax.Array:
+    """Whether a period of `every` begins at `count`; early on, also at 1, 2, 4, 8, ...
+
+    What is measured changes most in the first steps of a training run: an
+    eigendecomposition made at step 0 is worth nothing at step 60.
+
+    Returns:
+        A bool.
+    """
+    # Under inject_hyperparams `every` is an array, of a floating dtype at that.
+    every = jnp.asarray(every).astype(count.dtype)
+    power_of_two = (count & (count - 1)) == 0
+    return (count % every == 0) | (power_of_two & (count < every))
+
+
+def check_whole(params: Params, name: str) -> None:
+    """Refuse params with the holes that a mask leaves.
+
+    Raises:
+        ValueError: there is a hole.
+    """
+    is_hole = lambda x: isinstance(x, optax.MaskedNode)
+    if any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
+        raise ValueError(
+            f"{name} got params with holes, as inside optax.masked or optax.partition, "
+            "where the loss cannot be evaluated: put the mask inside, "
+            f"{name}(optax.masked(inner, mask), ...)"
+        )
+
+
+def _context(
+    name, way_out, step, params, batch, *, loss_args, curvature_batch, grads
+) -> Context:
+    """The context of a measurement, out of what a user handed over."""
+    if params is None:
+        raise ValueError(
+            f"{name} needs params, where it measures the curvature: "
+            "tx.update(grads, state, params, batch=batch)"
+        )
+    check_whole(params, name)
+    check_params(params)
+    data = batch if curvature_batch is None else curvature_batch
+    if data is None:
+        raise ValueError(
+            f"{name} needs the batch to measure the curvature on: "
+            f"tx.update(grads, state, params, batch=batch), or {way_out} (the way out "
+            "where a wrapper drops extra arguments, as optax.lookahead and "
+            "optax.contrib.sam do)"
+        )
+    num_examples(data, "batch" if curvature_batch is None else "curvature_batch")
+    if not isinstance(loss_args, tuple | list):
+        raise TypeError(
+            f"loss_args is of type {type(loss_args).__name__}: hand over a tuple of "
+            "the loss's further arguments, loss_args=(x,) for a single one"
+        )
+    size = num_examples(data if batch is None else batch)
+    return Context(step, params, data, size, tuple(loss_args), grads)
+
+
+@jax.jit
+def _refresh(measurer, measured, context):
+    return _looked_at(measurer, measured, context, within=False)()
+
+
+@jax.jit
+def _refresh_if(due, measurer, measured, context):
+    refresh = _looked_at(measurer, measured, context, within=True)
+    return jax.lax.cond(due, refresh, lambda: measured)
+
+
+def _looked_at(measurer, measured, context, *, within: bool) -> Callable:
+    """`measurer.refresh`, after a warning where XLA on a CPU would run it slowly."""
+    refresh = lambda: measurer.refresh(measured, context)
+    if jax.default_backend() != "cpu":
+        return refresh
+    # Traced once, looked at, and put to use as it is.
+    jaxpr, shape = jax.make_jaxpr(refresh, return_shape=True)()
+    if _convolves_in_control_flow(jaxpr.jaxpr, within):
+        warnings.warn(
+            f"{type(measurer).__name__} measures a model with convolutions, which XLA "
+            "on a CPU runs some thirty times slower inside the conditional or loop of "
+            "a training step: pass refresh_every=None and call rmtdamp.refresh between "
+            "steps (on a GPU or TPU this does not matter)",
+            stacklevel=2,
+        )
+    run = jax.extend.core.jaxpr_as_fun(jaxpr)
+    return lambda: jax.tree.unflatten(jax.tree.structure(shape), run())
+
+
+def _convolves_in_control_flow(jaxpr, within: bool) -> bool:
+    """Whether a convolution stands in a loop or conditional, or `within` is true."""
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "conv_general_dilated" and within:
+            return True
+        below = within or name in ("cond", "scan", "while")
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns") and _convolves_in_control_flow(inner, below):
+                return True
+    return False
+
+
+def refresh_in_step(
+    name: str,
+    measurer: Measurer,
+    refresh_every: int | None,
+    state: Any,
+    updates: Params,
+    params: Params | None,
+    *,
+    batch: Batch | None = None,
+    loss_args: tuple = (),
+    curvature_batch: Batch | None = None,
+) -> Any:
+    """What is known in this step: measured anew in every `refresh_every`-th one.
+
+    For the `update` of a transformation whose state has the fields `count` and
+    `measured`.
+
+    Args:
+        name: of the transformation, for messages.
+        measurer: what measures.
+        refresh_every: steps between measurements, the first step included; None for
+            never in the step.
+        state: of the transformation.
+        updates: that come in.
+        params: pytree of real floating arrays.
+        batch: the training batch.
+        loss_args: further arguments of the loss.
+        curvature_batch: another sample to measure on.
+
+    Returns:
+        The new `measured`.
+
+    Raises:
+        ValueError: params or batch missing, params with holes, a bad batch.
+        TypeError: params that are not real floats, `loss_args` that are no tuple.
+    """
+    if refresh_every is None or not jax.tree.leaves(updates):
+        return state.measured
+    context = _context(
+        name,
+        "refresh_every=None and rmtdamp.refresh by hand",
+        state.count,
+        params,
+        batch,
+        loss_args=loss_args,
+        curvature_batch=curvature_batch,
+        grads=updates,
+    )
+    if isinstance(refresh_every, int) and refresh_every == 1:
+        return _refresh(measurer, state.measured, context)
+    due = is_due(state.count, refresh_every)
+    return _refresh_if(due, measurer, state.measured, context)
+
+
+def refresh(
+    opt_state: optax.OptState,
+    measurer: Measurer,
+    params: Params,
+    batch: Batch,
+    *,
+    grads: Params | None = None,
+    loss_args: tuple = (),
+    curvature_batch: Batch | None = None,
+) -> optax.OptState:
+    """Measure now: by hand, between training steps.
+
+    Does what the training step does every `refresh_every` steps, for transformations
+    with `refresh_every=None`: for convolutional networks on a CPU, where XLA runs
+    convolutions inside a conditional some thirty times slower, and inside
+    `optax.MultiSteps` and under `vmap`, which pay for a conditional measurement at each
+    step. The measurement is driven from Python, one compiled call a microbatch or
+    product, so that it compiles in the time of one.
+
+    Args:
+        opt_state: the optimiser's state, any chain or wrapper (`optax.MultiSteps`,
+            `optax.masked`, ...) with one transformation in it that uses the measurer.
+        measurer: the one that the transformation was given: a `DampingLearner`, a
+            `KroneckerMeasurer`, a `RitzMeasurer`, or your own. Make it once.
+        params: pytree of real floating arrays.
+        batch: the training batch.
+        grads: the gradient, for a measurer that begins at it.
+        loss_args: further arguments of the loss.
+        curvature_batch: another sample to measure on; the noise meant is still that of
+            `batch`.
+
+    Returns:
+        `opt_state` with what was measured; all else is untouched.
+
+    Raises:
+        TypeError: `measurer` is none, params that are not real floats, `loss_args` that
+            are no tuple.
+        ValueError: none or several of its states in `opt_state`, or a bad batch.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> import rmtdamp
+        >>> def loss_fn(params, batch):
+        ...     return jnp.mean((batch @ params - 1.0) ** 2)
+        >>> learner = rmtdamp.DampingLearner(loss_fn, floor=1e-3)
+        >>> tx = rmtdamp.auto_adam(1e-2, learner, refresh_every=None)
+        >>> batch = jax.random.normal(jax.random.key(0), (32, 4))
+        >>> params = jnp.zeros(4)
+        >>> state = tx.init(params)
+        >>> state = rmtdamp.refresh(state, learner, params, batch)
+        >>> int(optax.tree.get(state, "refresh_attempts"))
+        1
+    """
+    if not hasattr(measurer, "state_type"):
+        raise TypeError(
+            f"measurer is of type {type(measurer).__name__}: hand over what measures, "
+            "with all its settings, as the transformation was given it (for a loss "
+            "function, rmtdamp.DampingLearner(loss_fn))"
+        )
+    kind = measurer.state_type
+    uses = lambda node: isinstance(getattr(node, "measured", None), kind)
+    found = list(filter(uses, jax.tree.leaves(opt_state, is_leaf=uses)))
+    if len(found) != 1:
+        raise ValueError(
+            f"opt_state holds {len(found)} states of a {type(measurer).__name__}, and "
+            "refresh needs exactly one: put one transformation that uses it into the "
+            "chain"
+        )
+    (state,) = found
+    context = _context(
+        "refresh",
+        "hand it to refresh",
+        state.count,
+        params,
+        batch,
+        loss_args=loss_args,
+        curvature_batch=curvature_batch,
+        grads=grads,
+    )
+    measured = measurer.refresh(state.measured, context)
+    if not is_traced(measured):
+        _warn(measured)
+    new = state._replace(measured=measured)
+    is_state = lambda node: node is state
+    return jax.tree.map(lambda x: new if x is state else x, opt_state, is_leaf=is_state)
+
+
+def _warn(state) -> None:
+    # The words never change, so that Python shows a warning once.
+    for problem in getattr(state, "problems", list)():
+        warnings.warn(f"rmtdamp: {problem}", stacklevel=3)
+
+
+def check_state(opt_state: optax.OptState) -> None:
+    """Warn about what the measurements of a run say is wrong with it. Eager.
+
+    Values cannot raise in a compiled step, so they are counted in its state: losses
+    that are no mean over the batch, measurements that could not be used, a damping that
+    sits on its bound. This puts the counters into words. `refresh` does so by itself;
+    call it after the first measurement of a compiled step, and when a run looks odd.
+
+    Args:
+        opt_state: the optimiser's state, any chain or wrapper.
+
+    Example:
+        >>> import jax.numpy as jnp, warnings
+        >>> import rmtdamp
+        >>> tx = rmtdamp.auto_adam(1e-2, lambda w, x: jnp.sum((x @ w) ** 2))
+        >>> params, batch = jnp.ones(4), jnp.eye(4)
+        >>> _, state = tx.update(params, tx.init(params), params, batch=batch)
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     rmtdamp.check_state(state)
+        >>> print(str(caught[0].message)[:50])
+        rmtdamp: the loss of a batch is not the mean of th
+    """
+    knows = lambda node: hasattr(node, "problems")
+    for node in jax.tree.leaves(opt_state, is_leaf=knows):
+        _warn(node)

@@ -1,0 +1,67 @@
+"""What every optimiser does around its `scale_by_...`: a damping in, a step out."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rmtdamp._checks import check_range
+
+
+def check_damping(damping: Any) -> None:
+    """Refuse a negative Python number.
+
+    Raises:
+        ValueError: `damping` is one.
+    """
+    check_range("damping", damping, lambda x: x >= 0, "at least 0")
+
+
+def damping_in_force(
+    name: str, given: Any, own: optax.ScalarOrSchedule | None, count: Any, dtype
+) -> jax.Array:
+    """The damping handed in from outside, or the constructor's number or schedule.
+
+    Returns:
+        A scalar of `dtype`.
+
+    Raises:
+        ValueError: neither is there, or a negative number.
+    """
+    check_damping(given)
+    if given is None:
+        given = own(count) if callable(own) else own
+    if given is None:
+        raise ValueError(
+            f"{name} needs a damping: damping=... in its constructor, set_damping or "
+            "auto_damping around it"
+        )
+    return jnp.asarray(given).astype(dtype)
+
+
+def optimiser(
+    scaled: optax.GradientTransformationExtraArgs,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: jax.typing.ArrayLike | None,
+    nesterov: bool,
+    weight_decay: optax.ScalarOrSchedule,
+    mask: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """`scaled`, heavy-ball momentum, decoupled weight decay, the learning rate.
+
+    The decay comes after the momentum, so that weights shrink by learning rate times
+    decay in each step and no faster.
+
+    Returns:
+        Their chain.
+    """
+    decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
+    return optax.chain(
+        scaled,
+        optax.identity() if momentum is None else optax.trace(momentum, nesterov),
+        # It asks for params, which a transformation without decay does without.
+        optax.add_decayed_weights(weight_decay, mask) if decays else optax.identity(),
+        optax.scale_by_learning_rate(learning_rate),
+    )
