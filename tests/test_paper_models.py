@@ -195,7 +195,7 @@ def test_kfac_gives_every_layer_of_vgg_a_kronecker_block():
     blocks = rmtdamp.flax.nnx_factors(model, cross_entropy).blocks
     assert len(blocks) == 16
     assert all(block.groups for block in blocks)
-    table = rmtdamp.hessian.block_table(blocks).splitlines()[1:]
+    table = rmtdamp.kronecker.block_table(blocks).splitlines()[1:]
     assert all("Kronecker" in line for line in table)
     assert sum(line.startswith("stages/") for line in table) == 13
     assert sum(line.startswith("head/") for line in table) == 3

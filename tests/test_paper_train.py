@@ -20,6 +20,7 @@ from benchmarks.shared.layers import KINDS, row_moments, split_layers
 from benchmarks.shared.models import conv_general_dilated
 from benchmarks.shared.optimizers import Method, Network, Numbers, transformation
 from benchmarks.shared.runs import load, path_of
+from rmtdamp.transforms import Context
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -47,7 +48,7 @@ def run(folder, method, **changes):
 
 
 def test_the_same_run_gives_the_same_numbers(tiny):
-    learned = {"optimizer": "adam", "learned": True, "every": 1}
+    learned = {"optimizer": "adam", "learned": True, "refresh_every": 1}
     first = run(tiny, learned, epochs=6, with_spectral_norm=True)
     assert first == run(tiny, learned, epochs=6, with_spectral_norm=True)
     assert first["train_loss"][-1] < first["train_loss"][0] < np.log(2)
@@ -68,7 +69,7 @@ def test_the_same_run_gives_the_same_numbers(tiny):
     ],
 )
 def test_each_optimiser_trains(tiny, optimizer, learned):
-    method = {"optimizer": optimizer, "learned": learned, "every": 2}
+    method = {"optimizer": optimizer, "learned": learned, "refresh_every": 2}
     row = run(tiny, method, learning_rate=0.02, damping=0.1)
     assert row["train_loss"][-1] < row["train_loss"][0]
     assert len(row["epoch"]) == 3
@@ -77,7 +78,8 @@ def test_each_optimiser_trains(tiny, optimizer, learned):
 @pytest.mark.parametrize("optimizer", ["adam", "kfac"])
 def test_by_hand_or_in_the_step_the_numbers_are_the_same(tiny, optimizer):
     task = training.Task(**TASK)
-    method = Method(optimizer, learned=True, every=3, factor_every=2, eigen_every=4)
+    periods = {"refresh_every": 3, "factors_every": 2, "eigen_every": 2}
+    method = Method(optimizer, learned=True, **periods)
     numbers = {"learning_rate": 0.02, "damping": 0.1, "epochs": 4, "seed": 0}
     numbers |= {"batch_size": 32, "num_evaluations": 2}
     with jax.debug_key_reuse(False):  # KFAC's keys are made of its count
@@ -137,7 +139,7 @@ def test_block_moments_are_those_of_the_layer_alone():
     found = KINDS["block"](learner, learned, count, params, matrices, ())
     for name, rows in places.items():
         alone = params[name], matrices[:, rows, rows]
-        expected = learner.refresh(learned[name], count, *alone, (), 8)
+        expected = learner.refresh(learned[name], Context(count, *alone, 8))
         assert found[name].damping > 0
         np.testing.assert_allclose(found[name].damping, expected.damping, rtol=1e-10)
 

@@ -84,12 +84,17 @@ def step_row(effort, what, kind, batch_size):
         return found | {"flops_ratio": flops, "bytes_ratio": memory}
     learner, every = rmtdamp.DampingLearner(case[0]), EVERYS[what]
     refresh = lambda count, state, params: (
-        state if count else rmtdamp.refresh_damping(state, learner, params, case[2])
+        state if count else rmtdamp.refresh(state, learner, params, case[2])
     )
     by_hand = None if every else refresh
-    learned = Steps(rmtdamp.auto_damping(inner, learner, every=every), *case, by_hand)
+    tx = rmtdamp.auto_damping(inner, learner, refresh_every=every)
+    learned = Steps(tx, *case, by_hand)
     learned(1)
-    num, pairs = (20, 25) if every == NEVER else (EVERY, 25 if every else 5)
+    num, pairs = EVERY, 25 if every else 5
+    if every == NEVER:  # past the early refreshes of a period
+        num, (params, state) = 20, learned.carry
+        count = jnp.full((), NEVER + 1, jnp.int32)
+        learned.carry = params, optax.tree.set(state, count=count)
     found = over(effort, what, plain, learned, num, pairs)
     assert learned.step._cache_size() == 1, "the step compiled two programs"
     return found
@@ -114,14 +119,14 @@ def kfac_row(effort, kind, batch_size):
     model = timing.model_of(kind)
     loss_args = nnx.as_pure(rmtdamp.flax.loss_args(model))
     factors_fn = rmtdamp.flax.nnx_factors(model, cross_entropy)
+    measurer = rmtdamp.KroneckerMeasurer(factors_fn)
     every = None if kind == "cnn" else 10
-    tx = rmtdamp.kfac(1e-6, factors_fn, factor_every=every)
+    tx = rmtdamp.kfac(1e-6, measurer, damping=1e-3, refresh_every=every)
 
     def refresh(count, state, params):
         if count % 10:
             return state
-        here, due = (factors_fn, params, batch), count % 100 == 0
-        return rmtdamp.refresh_factors(state, *here, loss_args=loss_args, eigen=due)
+        return rmtdamp.refresh(state, measurer, params, batch, loss_args=loss_args)
 
     ours = Steps(tx, loss_fn, params, batch, None if every else refresh, loss_args)
     # The rate is small, for gradients of fitted labels vanish.

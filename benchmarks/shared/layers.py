@@ -16,6 +16,7 @@ import optax
 import rmtdamp
 from rmtdamp.damping import LearnedDamping, learn_damping
 from rmtdamp.hessian import HessianMoments, hvp
+from rmtdamp.transforms import Context
 
 
 def _name(path) -> str:
@@ -67,7 +68,7 @@ def _by_rows(learner, learned, count, params, batch, loss_args):
     signs = map(draw, jax.random.split(key, len(leaves)), leaves)
     here = batch, jax.tree.unflatten(treedef, signs), loss_args
     found = row_moments(learner.loss_fn, params, *here, learner.num_microbatches)
-    names = ("rule", "floor", "decay", "max_damping")
+    names = ("rule", "floor", "decay", "min_shrinkage")
     rule = {name: getattr(learner, name) for name in names}
     return {
         k: learn_damping(old, found[k], count, **rule) for k, old in learned.items()
@@ -84,7 +85,7 @@ def _by_block(learner, learned, count, params, batch, loss_args):
 
         own = dataclasses.replace(learner, loss_fn=loss_fn)
         size = len(jax.tree.leaves(batch)[0])
-        return own.refresh(old, count, layers[name], batch, loss_args, size)
+        return own.refresh(old, Context(count, layers[name], batch, size, loss_args))
 
     return {name: of(name, old) for name, old in learned.items()}
 

@@ -1,13 +1,15 @@
 """The optimisers of the training benches, by name; all that they ask of rmtdamp.
 
 A method is what is compiled, its numbers are traced; whoever uses a damping is wrapped
-in what holds or learns it. Measurements (the damping, KFAC's factors) are made in the
-step, or by hand by `refreshed`: XLA:CPU runs convolutions thirty times slower inside a
+in what holds or learns it. Measurements (the damping, KFAC's factors) are made by
+`refreshed`, at the multiples of a period and, as in the paper, at no other step: in a
+scan, or from Python, since XLA:CPU runs convolutions thirty times slower inside a
 conditional.
 """
 
 from typing import Any, NamedTuple
 
+import jax
 import optax
 
 import rmtdamp
@@ -31,9 +33,9 @@ class Method(NamedTuple):
     learned: bool = False  # the damping, from a floor; otherwise it is held
     rule: str = "identity"
     form: str = "damping"
-    every: int = 100  # steps between refreshes of the damping
-    factor_every: int | None = 10  # steps between measurements of KFAC's factors
-    eigen_every: int = 100
+    refresh_every: int = 100  # steps between measurements of the damping
+    factors_every: int = 10  # steps between those of KFAC's factors
+    eigen_every: int = 10  # of these between eigendecompositions
     layers: str | None = None  # a damping for each layer: "block" or "rows"
 
 
@@ -69,14 +71,14 @@ def _adam(rate, method, numbers, network):
 
 
 def _kfac(rate, method, numbers, network, **options):
-    options |= {"factor_every": method.factor_every, "eigen_every": method.eigen_every}
-    return rmtdamp.kfac(rate, network.factors_fn, **options)
+    factors = factors_of(method, network)
+    return rmtdamp.kfac(rate, factors, refresh_every=None, **options)
 
 
 def _lanczos(rate, method, numbers, network):
-    options = {"sharp_divisor": numbers.sharp_divisor, "seed": numbers.seed}
-    options |= {"damping": numbers.damping, "num_steps": 50}
-    return rmtdamp.lanczos_newton(rate, network.loss_fn, **options)
+    pairs = rmtdamp.RitzMeasurer(network.loss_fn, num_steps=50, seed=numbers.seed)
+    options = {"sharp_divisor": numbers.sharp_divisor, "damping": numbers.damping}
+    return rmtdamp.lanczos_newton(rate, pairs, momentum=None, **options)
 
 
 # name -> (rate, method, numbers, network) -> transformation; these take `damping`.
@@ -98,47 +100,45 @@ def learner_of(method: Method, numbers: Numbers, network: Network, **options):
     return rmtdamp.DampingLearner(network.loss_fn, **options)
 
 
-def transformation(method: Method, numbers: Numbers, network: Network, in_step=True):
-    """The optax transformation; it measures in the step, or never by itself."""
-    if not in_step:
-        method = method._replace(factor_every=None)
+def factors_of(method: Method, network: Network):
+    """What measures KFAC's factors."""
+    every = method.eigen_every
+    return rmtdamp.KroneckerMeasurer(network.factors_fn, eigen_every=every)
+
+
+def transformation(method: Method, numbers: Numbers, network: Network):
+    """The optax transformation."""
     rate = SCHEDULES[method.schedule](numbers.learning_rate, numbers.total_steps)
     learner = learner_of(method, numbers, network)
     if method.layers:
-        inner = adam_per_layer(learner, method.layers, method.every)
+        inner = adam_per_layer(learner, method.layers, method.refresh_every)
         return optax.chain(inner, optax.scale_by_learning_rate(rate))
     tx = OPTIMIZERS[method.optimizer](rate, method, numbers, network)
     if method.optimizer in DAMPED:
         if method.learned:
-            every = method.every if in_step else None
-            tx = rmtdamp.auto_damping(tx, learner, every=every)
+            tx = rmtdamp.auto_damping(tx, learner, refresh_every=None)
         else:
             tx = rmtdamp.set_damping(tx, numbers.damping)
     return optax.with_extra_args_support(tx)
 
 
 def refreshed(method, numbers, network, opt_state, step, params, batch, loss_args):
-    """The state after the measurements that are due at this step, made by hand."""
-    here = params, batch, loss_args
-    if method.optimizer.startswith("kfac") and step % method.factor_every == 0:
-        eigen = step % method.eigen_every == 0
-        opt_state = refresh_factors(network, opt_state, *here, eigen=eigen)
-    if method.learned and step % method.every == 0:
-        learner = learner_of(method, numbers, network)
-        opt_state = refresh_damping(opt_state, learner, *here)
+    """The state after the measurements that are due at this step, traced or not."""
+    due = []
+    if method.optimizer.startswith("kfac"):
+        due.append((method.factors_every, factors_of(method, network)))
+    if method.learned and not method.layers:
+        due.append((method.refresh_every, learner_of(method, numbers, network)))
+    for every, measurer in due:
+        measure = lambda state, measurer=measurer: rmtdamp.refresh(
+            state, measurer, params, batch, loss_args=loss_args
+        )
+        if isinstance(step, jax.Array):
+            here = measure, lambda state: state, opt_state
+            opt_state = jax.lax.cond(step % every == 0, *here)
+        elif step % every == 0:
+            opt_state = measure(opt_state)
     return opt_state
-
-
-def refresh_factors(network, opt_state, params, batch, loss_args, **options):
-    """KFAC's factors, measured now."""
-    here = network.factors_fn, params, batch
-    return rmtdamp.refresh_factors(opt_state, *here, loss_args=loss_args, **options)
-
-
-def refresh_damping(opt_state, learner, params, batch, loss_args, **options):
-    """The damping, measured now."""
-    here = learner, params, batch
-    return rmtdamp.refresh_damping(opt_state, *here, loss_args=loss_args, **options)
 
 
 def dampings(opt_state, name="damping") -> list:

@@ -1,9 +1,9 @@
 """One training run, for every bench: task, method and numbers -> curves.
 
-Between two evaluations the steps are one compiled scan that measures within the step;
-or, with `by_hand`, one compiled call each with the measurements between them, as
-convolutions on a CPU need it. `take_steps` is the scan for benches that put it under
-`vmap`. The seed fixes initial weights and the order of the data.
+Between two evaluations the steps and measurements are one compiled scan; or, with
+`by_hand`, a compiled call each, as convolutions on a CPU need it. `take_steps` is a
+scan of steps alone, for benches that put it under `vmap`. The seed fixes initial
+weights and the order of the data.
 """
 
 import functools
@@ -127,10 +127,22 @@ def take_steps(network, tx, carry, parts, rows):
     return jax.lax.scan(one, carry, rows)
 
 
+def _measured(method, network, numbers, carry, batch, count):
+    params, loss_args, opt_state = carry
+    here = opt_state, count, params, batch, loss_args
+    return params, loss_args, refreshed(method, numbers, network, *here)
+
+
 @functools.partial(jax.jit, static_argnames=("method", "network"))
 def _scanned(method, network, numbers, carry, parts, rows, first):
-    tx = transformation(method, numbers, network)
-    return take_steps(network, tx, carry, parts, rows)[0]
+    made = method, network, numbers
+
+    def one(carry, at):
+        batch = pick(parts, at[1])
+        return stepped(*made, _measured(*made, carry, batch, at[0]), batch), None
+
+    counts = first + jnp.arange(len(rows))
+    return jax.lax.scan(one, carry, (counts, rows))[0]
 
 
 _pick = jax.jit(pick)
@@ -138,19 +150,16 @@ _pick = jax.jit(pick)
 
 @functools.partial(jax.jit, static_argnames=("method", "network"))
 def stepped(method, network, numbers, carry, batch):
-    """One step of a run whose measurements are made by hand."""
-    tx = transformation(method, numbers, network, in_step=False)
+    """One step, after what is measured at it."""
+    tx = transformation(method, numbers, network)
     return step(network, tx, carry, batch)[0]
 
 
 def _by_hand(method, network, numbers, carry, parts, rows, first):
+    made = method, network, numbers
     for count, some in enumerate(rows, first):
         batch = _pick(parts, some)
-        params, loss_args, opt_state = carry
-        here = opt_state, count, params, batch, loss_args
-        opt_state = refreshed(method, numbers, network, *here)
-        carry = params, loss_args, opt_state
-        carry = stepped(method, network, numbers, carry, batch)
+        carry = stepped(*made, _measured(*made, carry, batch, count), batch)
     return carry
 
 
@@ -210,7 +219,7 @@ def fit(
     rng = np.random.default_rng(seed)
     order = [rng.permutation(num)[: num_batches * batch_size] for _ in range(epochs)]
     numbers = Numbers(learning_rate, damping, ends[-1] if ends else 0, weight_decay)
-    tx = transformation(method, numbers, network, in_step=not by_hand)
+    tx = transformation(method, numbers, network)
     carry = params, loss_args, tx.init(params)
     advance = _by_hand if by_hand else _scanned
     curves: Row = {name: [] for name in ("step", *CURVES, "damping", "variance")}

@@ -8,6 +8,7 @@ import pathlib
 import jax
 import numpy as np
 
+import rmtdamp
 from benchmarks.costs.timing import compare, rotate
 from benchmarks.paper._experiment import Experiment
 from benchmarks.shared import optimizers, report, training
@@ -43,14 +44,13 @@ def epoch_time(
     batch = tuple(x[:BATCH_SIZE] for x in data)
     sample = tuple(x[: batches_per_call * BATCH_SIZE] for x in data)
     # A rate of nearly 0: it is one batch over and over.
-    numbers, here = Numbers(1e-9, 1e-2, 1), (params, batch, loss_args)
+    numbers = Numbers(1e-9, 1e-2, 1)
     method = lambda name, learned=False: Method(name, "constant", learned)
     learned = method("adam", True)
     learner = functools.partial(optimizers.learner_of, learned, numbers, network)
 
     def state_of(method):
-        tx = optimizers.transformation(method, numbers, network, in_step=False)
-        return tx.init(params)
+        return optimizers.transformation(method, numbers, network).init(params)
 
     def steps(method):
         carry = params, loss_args, state_of(method)
@@ -63,25 +63,26 @@ def epoch_time(
 
         return run
 
-    def refresh(learner, sample=None):
-        by_hand, state = optimizers.refresh_damping, state_of(learned)
-        call = lambda: by_hand(state, learner, *here, curvature_batch=sample)
-        return lambda: jax.block_until_ready(call())
+    def refresh(state, measurer, sample=None):
+        options = {"loss_args": loss_args, "curvature_batch": sample}
+        by_hand = functools.partial(rmtdamp.refresh, state, measurer, params, batch)
+        return lambda: jax.block_until_ready(by_hand(**options))
 
-    def factors(eigen):
-        by_hand, state = optimizers.refresh_factors, state_of(method("kfac"))
-        return lambda: jax.block_until_ready(
-            by_hand(network, state, *here, eigen=eigen)
-        )
+    def factors(eigen_every):
+        made = method("kfac")._replace(eigen_every=eigen_every)
+        measurer = optimizers.factors_of(made, network)
+        # The first measurement decomposes whatever is asked for.
+        return refresh(refresh(state_of(made), measurer)(), measurer)
 
-    own, learning = refresh(learner()), steps(learned)
+    state, num = state_of(learned), batches_per_call
+    own, learning = refresh(state, learner()), steps(learned)
     calls = {
         "adam": steps(method("adam")),
         "kfac": steps(method("kfac")),
-        "factors": factors(False),
-        "eigenvectors": factors(True),
+        "factors": factors(2),
+        "eigenvectors": factors(1),
         "own": own,
-        "scan": refresh(learner(num_microbatches=batches_per_call), sample),
+        "scan": refresh(state, learner(num_microbatches=num), sample),
         "adam, own": lambda: (own(), learning()),
     }
     for call in calls.values():
@@ -129,7 +130,7 @@ def _runs():
     common = {"task": MLP | {"num_train": 5000}, "learning_rate": RATE}
     common |= {"damping": FLOOR, "epochs": 15, "batch_size": BATCH_SIZE}
     kinds = itertools.product(NAMES, GAPS)
-    methods = [{"optimizer": x, "learned": True, "every": gap} for x, gap in kinds]
+    methods = [{"optimizer": x, "learned": True, "refresh_every": n} for x, n in kinds]
     compared = runs_of(agreement, sizes, seed=SEEDS, epochs=EPOCHS)
     trained = runs_of(training.train, common, seed=SEEDS, method=methods)
     return timed + compared + trained
@@ -162,7 +163,7 @@ def _score(row):
 def _heads(row):
     """The three kinds of runs; the table is about the first."""
     if method := row.get("method"):
-        return {"optimiser": method["optimizer"], "gap": method["every"]}
+        return {"optimiser": method["optimizer"], "gap": method["refresh_every"]}
     return {"kind": "times" if "times" in row else "variances"}
 
 

@@ -18,13 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import rmtdamp
 from benchmarks.paper._experiment import Experiment
 from benchmarks.shared import optimizers, report, training
 from benchmarks.shared.claims import Check, by, error, mean, trend
 from benchmarks.shared.optimizers import B2, MOMENTUM, Method, Network, Numbers
 from benchmarks.shared.runs import Row, Run
-from rmtdamp import hessian
-from rmtdamp.damping import stable_learning_rate, stable_learning_rate_bound
+from rmtdamp import hessian, kronecker
+from rmtdamp.stability import stable_learning_rate, stable_learning_rate_bound
 
 EVERY = 10  # steps of one compiled call, and between measurements of KFAC's factors
 MAX_PRODUCTS = 300  # for lambda_max
@@ -45,14 +46,14 @@ class Problem(NamedTuple):
 
     def transformation(self, rate, total_steps):
         numbers = Numbers(rate, self.damping, total_steps)
-        return optimizers.transformation(self.method, numbers, self.network, False)
+        return optimizers.transformation(self.method, numbers, self.network)
 
     def measured(self, opt_state, params, batch):
         """The state with KFAC's factors of here."""
         if not self.method.optimizer.startswith("kfac"):
             return opt_state
-        here = params, batch, self.loss_args
-        return optimizers.refresh_factors(self.network, opt_state, *here)
+        here = optimizers.factors_of(self.method, self.network), params, batch
+        return rmtdamp.refresh(opt_state, *here, loss_args=self.loss_args)
 
 
 def problem_of(folder, task, seed, optimizer, damping, schedule="constant"):
@@ -60,7 +61,7 @@ def problem_of(folder, task, seed, optimizer, damping, schedule="constant"):
     with_factors = optimizer.startswith("kfac")
     found = training.prepare(folder, training.Task(**task), seed, with_factors)
     (train, _), network, params, loss_args, num_classes = found
-    method = Method(CALLED.get(optimizer, optimizer), schedule)
+    method = Method(CALLED.get(optimizer, optimizer), schedule, eigen_every=1)
     return Problem(network, loss_args, train, method, damping), params, num_classes
 
 
@@ -185,11 +186,11 @@ def from_eigenbasis(blocks, unflatten, basis, vector):
     sizes = np.cumsum([block.rows * block.columns for block in blocks])
     parts = jnp.split(vector, sizes[:-1])
     for block, (inputs, outputs, *_), part in zip(blocks, basis, parts, strict=True):
-        matrix = inputs[0] @ part.reshape(block.rows, block.columns) @ outputs[0].T
-        ends = np.cumsum([math.prod(s) // block.columns for s in block.shapes])
-        rows = jnp.split(matrix, ends[:-1])  # the kernel, and the bias below it
-        for place, shape, some in zip(block.leaves, block.shapes, rows, strict=True):
-            leaves[place] = some.reshape(shape)
+        part = part.reshape(1, block.rows, block.columns)
+        matrix = inputs @ part @ outputs.swapaxes(1, 2)
+        found = kronecker.from_matrix(block, matrix)
+        for place, leaf in zip(block.leaves, found, strict=True):
+            leaves[place] = leaf
     return jax.tree.unflatten(treedef, leaves)
 
 

@@ -34,8 +34,8 @@ DAMPED = (1e-3, 5e-3)  # Table 2's Adam-D
 DECAYS = (0.0, 0.25)
 ADAM = {"optimizer": "adam"}
 # 20 steps are an epoch here; the paper's has 391, and its periods are 100.
-KFAC = {"optimizer": "kfac", "eigen_every": 20}
-LEARNED = {"learned": True, "every": 20}
+KFAC = {"optimizer": "kfac", "eigen_every": 2}
+LEARNED = {"learned": True, "refresh_every": 20}
 RAMP = {"schedule": "ramp"}
 FORMS = ({}, {"form": "shrinkage"}, {"rule": "scaled-identity"})
 TABLE = [(1e-1, 1e-1), (1e-3, 1e-2), (1e-4, 1e-3), (1e-4, 3e-4), (1e-4, 1e-4)]
