@@ -155,7 +155,7 @@ def test_kfac_sees_the_eigenvalue_of_the_dense_matrix(network):
     expected = np.linalg.eigvals(dense).real.max()
     matvec = hessian.hessian_matvec(_network_loss, params, problem.data)
     iterated = hessian.largest_eigenvalue(
-        lambda v: divide(matvec(v)), params, jax.random.key(1), num_steps=400
+        lambda v: divide(matvec(v)), params, jax.random.key(1), num_steps=2000
     )
     assert float(iterated.value) == pytest.approx(expected, rel=1e-4)
     found = curvature(problem, params, opt_state, 0)

@@ -53,7 +53,7 @@ def row_moments(loss_fn, params, batch, probe, loss_args, num) -> dict:
     def of(name):
         y, (v,) = flat(products[name].values(), num), flat(probes[name].values(), 1)
         ybar = y.mean(0)
-        spread = jnp.sum((y - ybar) ** 2) / (num - 1) / v.size  # of a microbatch
+        spread = jnp.sum((y - ybar[None]) ** 2) / (num - 1) / v.size  # of a microbatch
         square = ybar @ ybar / v.size - spread / num
         return HessianMoments(v @ ybar / v.size, square, spread / num)
 
