@@ -132,23 +132,6 @@ IDX_ERRORS = {
         r"train-labels\S+ is empty",
     ),
 }
-
-
-@pytest.mark.parametrize("case", IDX_ERRORS)
-def test_bad_idx_files_are_named(tmp_path, case):
-    changes, message = IDX_ERRORS[case]
-    files = {k: v for k, v in {**IDX, **changes}.items() if v is not None}
-    with pytest.raises(DataError, match=message):
-        load("mnist", write(tmp_path / "mnist", files))
-
-
-def test_damaged_gzip_is_named(tmp_path):
-    files = zipped(IDX)
-    files["train-images-idx3-ubyte.gz"] = files["train-images-idx3-ubyte.gz"][:-9]
-    with pytest.raises(DataError, match=r"train-images\S+\.gz is damaged.*fetch it"):
-        load("mnist", write(tmp_path / "mnist", files))
-
-
 HALF = CIFAR_100["test.bin"][:5000]
 CIFAR_ERRORS = {
     "missing": ({"test.bin": None}, r"no test\.bin: cifar-100 is train\.bin, test"),
@@ -163,14 +146,28 @@ CIFAR_ERRORS = {
         r"train\.bin is corrupt.*label 0 is 20, expected 0 to 19",
     ),
 }
+ERRORS = {
+    "mnist": (IDX, "mnist", IDX_ERRORS),
+    "cifar-100": (CIFAR_100, "cifar-100-binary", CIFAR_ERRORS),
+}
 
 
-@pytest.mark.parametrize("case", CIFAR_ERRORS)
-def test_bad_cifar_files_are_named(tmp_path, case):
-    changes, message = CIFAR_ERRORS[case]
-    files = {k: v for k, v in {**CIFAR_100, **changes}.items() if v is not None}
+@pytest.mark.parametrize(
+    ("name", "case"), [(name, case) for name in ERRORS for case in ERRORS[name][2]]
+)
+def test_bad_files_are_named(tmp_path, name, case):
+    good, folder, errors = ERRORS[name]
+    changes, message = errors[case]
+    files = {k: v for k, v in {**good, **changes}.items() if v is not None}
     with pytest.raises(DataError, match=message):
-        load("cifar-100", write(tmp_path / "cifar-100-binary", files))
+        load(name, write(tmp_path / folder, files))
+
+
+def test_damaged_gzip_is_named(tmp_path):
+    files = zipped(IDX)
+    files["train-images-idx3-ubyte.gz"] = files["train-images-idx3-ubyte.gz"][:-9]
+    with pytest.raises(DataError, match=r"train-images\S+\.gz is damaged.*fetch it"):
+        load("mnist", write(tmp_path / "mnist", files))
 
 
 def test_file_that_cannot_be_read_is_named(tmp_path):

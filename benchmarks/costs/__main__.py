@@ -137,10 +137,8 @@ def kfac_row(effort, kind, batch_size):
 def product_row(effort, kind, batch_size, dtype):
     """Both products and the gradient: time, FLOPs, memory, use of the machine."""
     loss_fn, params, batch = problem(kind, batch_size, dtype)
-    vector, matvec = (
-        jax.tree.map(jnp.ones_like, params),
-        hessian_matvec(loss_fn, params, batch),
-    )
+    matvec = hessian_matvec(loss_fn, params, batch)
+    vector = jax.tree.map(jnp.ones_like, params)
     programs = {
         "gradient": compiled(jax.grad(loss_fn), params, batch),
         "hvp": compiled(functools.partial(hvp, loss_fn), params, batch, vector),
@@ -213,7 +211,7 @@ def density_row(effort, kind, batch_size, probes, steps):
 WITHOUT = "auto_damping without a refresh"
 EVERYS = {"auto_damping": EVERY, WITHOUT: NEVER, "auto_damping by hand": None}
 STEPS = [(w, "mlp", n) for n in (256, 1024) for w in ("adam_shrinkage", *EVERYS)]
-HOW = ("scan", "unroll", "vmap")
+HOW = ("eager", "scan", "vmap")
 REFRESHED = [(how, "mlp", n) for n in (256, 1024) for how in HOW]
 # Two decades of batch sizes; on a CPU the largest takes a second or so.
 SIZES = {"mlp": (16, 160, 1600), "cnn": (2, 20, 200), "transformer": (1, 10, 100)}
@@ -222,7 +220,7 @@ PRODUCTS = [(k, n, dtype) for k, of in SIZES.items() for dtype in DTYPES for n i
 DENSITIES = (("mlp", 1024, 4, 80), ("cnn", 16, 1, 10))  # batch size, probes, steps
 SECTIONS = {
     "steps": (step_row, [*STEPS, ("auto_damping by hand", "cnn", 128)]),
-    "refreshes": (refresh_row, [*REFRESHED, ("unroll", "cnn", 128)]),
+    "refreshes": (refresh_row, [*REFRESHED, ("eager", "cnn", 128)]),
     "kfac": (kfac_row, [("mlp", 256), ("mlp", 4096), ("cnn", 128)]),
     "products": (product_row, PRODUCTS),
     "density": (density_row, DENSITIES),

@@ -16,25 +16,24 @@ import optax
 import rmtdamp
 from rmtdamp.damping import LearnedDamping, learn_damping
 from rmtdamp.hessian import HessianMoments, hvp
+from rmtdamp.kronecker import leaf_names
 from rmtdamp.transforms import Context
-
-
-def _name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def split_layers(params) -> dict[str, dict]:
     """Weights by layer: {"hidden/0": {"bias": ..., "kernel": ...}, ...}."""
     layers: dict[str, dict] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        layers.setdefault(_name(path[:-1]), {})[_name(path[-1:])] = leaf
+    for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
+        layer, _, part = name.rpartition("/")
+        layers.setdefault(layer, {})[part] = leaf
     return layers
 
 
 def join_layers(layers, like):
     """The tree `like` of the weights by layer."""
-    take = lambda path, _: layers[_name(path[:-1])][_name(path[-1:])]
-    return jax.tree_util.tree_map_with_path(take, like)
+    names = [name.rpartition("/") for name in leaf_names(like)]
+    leaves = [layers[layer][part] for layer, _, part in names]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def row_moments(loss_fn, params, batch, probe, loss_args, num) -> dict:

@@ -122,23 +122,23 @@ def transformation(method: Method, numbers: Numbers, network: Network):
     return optax.with_extra_args_support(tx)
 
 
-def refreshed(method, numbers, network, opt_state, step, params, batch, loss_args):
-    """The state after the measurements that are due at this step, traced or not."""
+def refreshed(method, network, numbers, carry, batch, step):
+    """The carry after the measurements that are due at this step, traced or not."""
     due = []
     if method.optimizer.startswith("kfac"):
         due.append((method.factors_every, factors_of(method, network)))
     if method.learned and not method.layers:
         due.append((method.refresh_every, learner_of(method, numbers, network)))
+    params, loss_args, state = carry
     for every, measurer in due:
         measure = lambda state, measurer=measurer: rmtdamp.refresh(
             state, measurer, params, batch, loss_args=loss_args
         )
         if isinstance(step, jax.Array):
-            here = measure, lambda state: state, opt_state
-            opt_state = jax.lax.cond(step % every == 0, *here)
+            state = jax.lax.cond(step % every == 0, measure, lambda x: x, state)
         elif step % every == 0:
-            opt_state = measure(opt_state)
-    return opt_state
+            state = measure(state)
+    return params, loss_args, state
 
 
 def dampings(opt_state, name="damping") -> list:

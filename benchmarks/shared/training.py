@@ -127,25 +127,16 @@ def take_steps(network, tx, carry, parts, rows):
     return jax.lax.scan(one, carry, rows)
 
 
-def _measured(method, network, numbers, carry, batch, count):
-    params, loss_args, opt_state = carry
-    here = opt_state, count, params, batch, loss_args
-    return params, loss_args, refreshed(method, numbers, network, *here)
-
-
 @functools.partial(jax.jit, static_argnames=("method", "network"))
 def _scanned(method, network, numbers, carry, parts, rows, first):
     made = method, network, numbers
 
     def one(carry, at):
         batch = pick(parts, at[1])
-        return stepped(*made, _measured(*made, carry, batch, at[0]), batch), None
+        return stepped(*made, refreshed(*made, carry, batch, at[0]), batch), None
 
     counts = first + jnp.arange(len(rows))
     return jax.lax.scan(one, carry, (counts, rows))[0]
-
-
-_pick = jax.jit(pick)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "network"))
@@ -156,10 +147,10 @@ def stepped(method, network, numbers, carry, batch):
 
 
 def _by_hand(method, network, numbers, carry, parts, rows, first):
-    made = method, network, numbers
+    made, take = (method, network, numbers), jax.jit(pick)
     for count, some in enumerate(rows, first):
-        batch = _pick(parts, some)
-        carry = stepped(*made, _measured(*made, carry, batch, count), batch)
+        batch = take(parts, some)
+        carry = stepped(*made, refreshed(*made, carry, batch, count), batch)
     return carry
 
 
