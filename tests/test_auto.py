@@ -22,6 +22,7 @@ from rmtdamp import (
 )
 from rmtdamp.damping import learn_damping
 from rmtdamp.hessian import moments
+from rmtdamp.transforms._measurer import is_due
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -58,8 +59,8 @@ def test_refreshes_every_so_many_steps_and_follows_the_learner():
     tx, state, expected = owned(refresh_every=3), None, LEARNER.init(PARAMS)
     for step in range(7):
         _, state = take_steps(tx, 1, state)
-        if step % 3 == 0:
-            key = jax.random.fold_in(jax.random.key(0), step // 3)
+        if step in (0, 1, 3, 6):
+            key = jax.random.fold_in(jax.random.key(0), expected.refresh_attempts)
             expected = learn_damping(
                 expected,
                 moments(mlp_loss, PARAMS, BATCH, key),
@@ -70,8 +71,23 @@ def test_refreshes_every_so_many_steps_and_follows_the_learner():
                 min_shrinkage=0.01,
             )
         chex.assert_trees_all_close(state.measured, expected, rtol=1e-5)
-    assert get(state, "refresh_attempts") == 3
+    assert get(state, "refresh_attempts") == 4
     assert get(state, "last_refresh") == 6
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [
+        (1, [0, 1, 2, 3, 4, 5]),
+        (2, [0, 2, 4, 6]),
+        (10, [0, 1, 2, 4, 10, 20, 30]),
+        (100, [0, 1, 2, 4, 8, 16, 32, 100, 200]),
+    ],
+)
+def test_measurements_come_early_where_curvature_changes_most(every, expected):
+    count = jnp.arange(expected[-1] + 1, dtype=jnp.int32)
+    for period in (every, jnp.float32(every)):  # inject_hyperparams hands over the last
+        np.testing.assert_array_equal(jnp.flatnonzero(is_due(count, period)), expected)
 
 
 def test_the_update_is_that_of_adam_at_the_damping_in_force():

@@ -181,7 +181,7 @@ def test_every_scale_has_the_same_spectrum_and_eigenpairs(unit):
     pairs = eigsh(matvec, diagonal, other, k=2)
     np.testing.assert_allclose(pairs.eigenvalues / np.float32(unit), [3, 1], rtol=1e-5)
     assert np.all(pairs.residuals < 1e-3 * unit)
-    assert np.all(pairs.residuals > 0)
+    assert np.all(np.asarray(pairs.residuals) > 0)  # JAX takes denormals for 0
 
 
 def test_eigsh_of_what_is_not_finite_is_nan_and_soon():
@@ -247,26 +247,29 @@ def test_eigsh_respects_its_budget_and_reports_what_is_left():
 
 
 def test_density_moments_match_dense_moments():
-    """Moments 0 to 3 within their standard error, as z-scores over 60 keys."""
+    """Moments 0 to 3: over 60 keys neither the values nor their scatter are off."""
     matvec = hessian_matvec(mlp_loss, PARAMS, BATCH)
     hessian = dense_hessian(mlp_loss, PARAMS, BATCH)
-    z_scores = {order: [] for order in (1, 2, 3)}
     find = lambda m, key: spectral_density(m, PARAMS, key, num_steps=10, num_probes=8)
     compiled = jax.jit(lambda m, key: find(m, key)[:2])
+    found = {order: [] for order in (1, 2, 3)}
     for seed in range(60):
         nodes, weights = compiled(matvec, jax.random.key(seed))
         spectrum = Spectrum(nodes, weights, P)
         assert spectrum.nodes.shape == spectrum.weights.shape == (8, 10)
         np.testing.assert_allclose(spectrum.weights.sum(1), 1, rtol=1e-10)
         np.testing.assert_allclose(spectrum.moment(0)[0], 1, rtol=1e-10)
-        for order, scores in z_scores.items():
-            exact = jnp.trace(jnp.linalg.matrix_power(hessian, order)) / P
-            value, stderr = spectrum.moment(order)
-            scores.append(float((value - exact) / stderr))
-    for scores in z_scores.values():
-        # Eight probes: Student's t with 7 degrees of freedom has variance 7/5.
-        assert abs(np.mean(scores)) < 4 * (1.4 / 60) ** 0.5
-        assert 0.5 < np.std(scores) < 2.5
+        for order, pairs in found.items():
+            pairs.append(spectrum.moment(order))
+    for order, pairs in found.items():
+        # Pooled: a moment of few large eigenvalues is skewed, and low ones come with a
+        # small standard error of their own.
+        values, stderrs = np.array(pairs).T
+        predicted = np.mean(stderrs**2) ** 0.5
+        exact = jnp.trace(jnp.linalg.matrix_power(hessian, order)) / P
+        assert abs(values.mean() - exact) < 4 * predicted / 60**0.5
+        scatter = 4 * (2 / 59) ** 0.5  # of the variance of 60 values
+        np.testing.assert_allclose(values.var(ddof=1), predicted**2, rtol=scatter)
 
 
 def test_density_of_a_traced_call_and_with_a_basis():

@@ -198,7 +198,9 @@ def test_a_loss_that_cannot_be_differentiated_names_the_other_mode():
             product(CUSTOM, WEIGHTS, INPUTS)
         with pytest.raises(ValueError, match=rf'unknown length.*pass mode="{forward}"'):
             product(LOOPED, WEIGHTS, INPUTS, mode=reverse)
-        with pytest.raises(ValueError, match=r"mode is 'reverse': choose from forward"):
+        with pytest.raises(
+            ValueError, match=r"mode is 'reverse': choose from 'forward"
+        ):
             product(PLAIN, WEIGHTS, INPUTS, mode="reverse")
     learner = DampingLearner(CUSTOM, num_microbatches=2)
     step = jnp.zeros((), jnp.int32)

@@ -46,7 +46,7 @@ def over_keys(estimator, matrix, count, seed=7, **options):
 def drawn(key, half, count, size, sampler):
     """The random vectors of one phase, as the module draws them."""
     key = jax.random.split(key)[half]
-    keys = [jax.random.split(jax.random.fold_in(key, i), 1)[0] for i in range(count)]
+    keys = [jax.random.fold_in(key, i) for i in range(count)]
     return jnp.stack([sampler(k, (size,), jnp.float64) for k in keys])
 
 

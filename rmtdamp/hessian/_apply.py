@@ -10,10 +10,11 @@ eagerly: its parts' programs are called in turn. A `HostMatvec` drives compiled 
 its own, one per batch of a data set.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,13 @@ def _weighted(factors, vectors):
     return jax.tree.map(lambda *xs: functools.reduce(jnp.add, xs), *terms)
 
 
-class _Sum(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["factors", "matvecs"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Sum:
     """The matvec of sum_i c_i A_i."""
 
     factors: Any  # (n,), c_i
@@ -272,7 +279,13 @@ def _selected(found, params, vector):
     return jax.tree.map(keep, params, vector, found)
 
 
-class _Block(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["matvec", "params"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Block:
     """The matvec of a diagonal block: a vector is None where a leaf is left out."""
 
     matvec: Any

@@ -93,7 +93,9 @@ def exact(
         layers[name] = Spectrum.from_eigenvalues(block.eigenvalues)
     watch.stage("outliers of the first batch")
     wide = min(k + SPARE, p // 4)
-    judged = (eigh(matrix, params).leading(wide, "LM") for matrix in (batch, a, b))
+    judged = (
+        eigh(matrix, params).leading(wide, "LM") for matrix in ((a + b) / 2, a, b)
+    )
     found = outliers(compare_halves(*judged, k=min(k, p // 4)))
     noise = eigh((a - b) / 2, params)
     return {

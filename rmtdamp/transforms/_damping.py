@@ -92,8 +92,9 @@ def auto_damping(
     """Learn the damping of any transformation that takes one, while training runs.
 
     Every `refresh_every` steps, the first included, the Hessian's moments are measured
-    on the batch of the step and the damping follows them (`DampingLearner`); at each
-    step the transformation inside is handed the damping in force. With
+    on the batch of the step and the damping follows them (`DampingLearner`); so it does
+    at steps 1, 2, 4, ... below half of `refresh_every`, where curvature changes most.
+    At each step the transformation inside is handed the damping in force. With
     `identity_target` this is the paper's learner: delta <- 0.7 delta + 0.3 (floor +
     P^-1 Tr Var(H)).
 
@@ -122,8 +123,8 @@ def auto_damping(
             `scale_by_adam_shrinkage`, an optax factory through `with_damping`, or a
             chain with one of them.
         learner: a `DampingLearner`, or a loss function for one with the defaults.
-        refresh_every: steps between measurements, at least 1; None for never in the
-            step.
+        refresh_every: steps between measurements, at least 1, after the early ones;
+            None for never in the step.
 
     Returns:
         A gradient transformation.

@@ -22,7 +22,7 @@ from rmtdamp.kronecker import (
     second_moments,
 )
 
-from ._measurer import Context, with_numbers
+from ._measurer import Context, is_due, with_numbers
 
 
 class KroneckerState(NamedTuple):
@@ -70,7 +70,7 @@ class KroneckerMeasurer:
             `linen_factors`, or a `rmtdamp.kronecker.ModelFactors` of your own.
         decay: weight of the past in the averages, in [0, 1).
         eigen_every: measurements between eigendecompositions, at least 1, the first
-            measurement included.
+            measurement included; and 1, 2, 4, ... below half of that.
         ekfac: measure the diagonal of the curvature in the eigenbasis too.
         debias: whether averages begin at the first measurement or at the identity.
         seed: of sampled labels, which are a function of it and the measurement's
@@ -222,7 +222,7 @@ def _average(measurer, state, found) -> KroneckerState:
 
 def _decomposes(measurer, state):
     """Whether this measurement renews the bases: in turn, or because none ever did."""
-    in_turn = state.kfac_measurements % measurer.eigen_every == 0
+    in_turn = is_due(state.kfac_measurements, measurer.eigen_every)
     return in_turn | (state.eigen_refreshes == 0)
 
 

@@ -78,10 +78,11 @@ class Measurer(Protocol):
 
 
 def is_due(count: jax.Array, every: Any) -> jax.Array:
-    """Whether a period of `every` begins at `count`; early on, also at 1, 2, 4, 8, ...
+    """Whether a period of `every` begins at `count`.
 
-    What is measured changes most in the first steps of a training run: an
-    eigendecomposition made at step 0 is worth nothing at step 60.
+    In the first half of the first, also at 1, 2, 4, 8, ...: curvature changes most in
+    the first steps of a training run, and what was measured at step 0 says little at
+    step 60.
 
     Returns:
         A bool.
@@ -89,7 +90,7 @@ def is_due(count: jax.Array, every: Any) -> jax.Array:
     # Under inject_hyperparams `every` is an array, of a floating dtype at that.
     every = jnp.asarray(every).astype(count.dtype)
     power_of_two = (count & (count - 1)) == 0
-    return (count % every == 0) | (power_of_two & (count < every))
+    return (count % every == 0) | (power_of_two & (2 * count < every))
 
 
 def check_whole(params: Params, name: str) -> None:
@@ -200,8 +201,8 @@ def refresh_in_step(
     Args:
         name: of the transformation, for messages.
         measurer: what measures.
-        refresh_every: steps between measurements, the first step included; None for
-            never in the step.
+        refresh_every: steps between measurements, the first step included, and early
+            on steps 1, 2, 4, ... (`is_due`); None for never in the step.
         state: of the transformation.
         updates: that come in.
         params: pytree of real floating arrays.

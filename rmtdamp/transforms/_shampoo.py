@@ -126,7 +126,8 @@ def scale_by_shampoo(
         exponents: p and q, a pair, or one number for both. A side with the Python
             number 0 gets no factor.
         decay: of the averages, in [0, 1); 0 takes the last gradient alone.
-        eigen_every: steps between eigendecompositions, the first step included.
+        eigen_every: steps between eigendecompositions, the first step included, and
+            steps 1, 2, 4, ... below half of it.
         damping_in_root: whether delta is added to L and R themselves.
         max_side: a longer side gets no factor and leaves its exponent to the other
             one; a matrix with two such sides is treated entry by entry.
