@@ -1,6 +1,5 @@
 """Stable rates on quadratics and small networks with known answers; costs by hand."""
 
-import itertools
 import json
 
 import jax
