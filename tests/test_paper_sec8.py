@@ -198,9 +198,8 @@ def test_stable_means_stable_with_all_smaller_rates():
 def _stable_rows(limits):
     """Rows as if every method's stable rate and prediction were its limit."""
     rows = []
-    for ((optimizer, damping), limit), seed in itertools.product(
-        limits.items(), (0, 1)
-    ):
+    cases = [(*key, limit, s) for key, limit in limits.items() for s in (0, 1)]
+    for optimizer, damping, limit, seed in cases:
         common = {"optimizer": optimizer, "damping": damping, "seed": seed}
         rates = [limit / 2, limit, 2 * limit]
         outcomes = [_outcome(r, last=0.1 if r <= limit else None) for r in rates]
