@@ -348,7 +348,7 @@ def check_state(opt_state: optax.OptState) -> None:
         >>> with warnings.catch_warnings(record=True, action="always") as caught:
         ...     rmtdamp.check_state(state)
         >>> print(str(caught[0].message)[:50])
-        rmtdamp: the loss of a batch is not the mean of th
+        rmtdamp: the loss of a batch is not the mean of it
     """
     knows = lambda node: hasattr(node, "problems")
     for node in jax.tree.leaves(opt_state, is_leaf=knows):
