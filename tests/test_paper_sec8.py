@@ -5,24 +5,34 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from problems import dense_hessian, quadratic_loss, symmetric
 
 import rmtdamp
-from benchmarks.paper import _stability
-from benchmarks.paper._stability import Problem, curvature, descend, search, start
+from benchmarks.paper._experiment import record_of
 from benchmarks.paper.experiments import cost, stable_rate
-from rmtdamp import hessian
+from benchmarks.paper.experiments.stable_rate import (
+    Problem,
+    curvature,
+    descend,
+    search,
+    start,
+)
+from benchmarks.shared import optimizers
+from benchmarks.shared.optimizers import Method, Network, Numbers
+from rmtdamp import hessian, kronecker
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 DAMPING = 0.05
 
 
-def quadratic(seed=0, size=6):
+def quadratic(optimizer, damping, seed=0, size=6):
     """x^T A x / 2 with one large eigenvalue, as a problem, its start, and A."""
     matrix = symmetric(jax.random.key(seed), 1, size)[0]
     matrix = matrix @ matrix + 0.1 * jnp.eye(size)
-    problem = Problem(quadratic_loss, None, (), matrix[None])
+    method, network = Method(optimizer, "constant"), Network(None, quadratic_loss)
+    problem = Problem(network, (), matrix[None], method, damping)
     return problem, jnp.ones(size), np.asarray(matrix)
 
 
@@ -34,37 +44,35 @@ def test_the_rate_found_on_a_quadratic_brackets_the_predicted_one(
     optimizer, damping, divided, factor
 ):
     """Adam's gradients stay far below its damping, so that D is constant."""
-    problem, params, matrix = quadratic()
+    problem, params, matrix = quadratic(optimizer, damping)
     predicted = 2 * factor * divided / np.linalg.eigvalsh(matrix)[-1]
     rates = [predicted * x for x in (0.5, 0.97, 1.03, 2.0)]
-    outcomes = search(optimizer, damping, problem, params, rates, 300)
+    row = {"outcomes": search(problem, params, rates, 300), "num_classes": 0}
     # Adam's bias correction makes the first steps ten times as large: from the peak.
-    stable = lambda o: o["last"] is not None and o["last"] < 1e-6 * o["peak"]
-    assert _stability.largest_stable(outcomes, stable) == rates[1]
-    carry = jax.tree.map(lambda x: x[0], start(optimizer, problem, params, [0.0]))
-    found = curvature(optimizer, damping, problem, *carry, 0)
+    stable = lambda o, _: o["last"] is not None and o["last"] < 1e-6 * o["peak"]
+    assert stable_rate.largest_stable([row], stable) == rates[1]
+    params, _, opt_state = jax.tree.map(lambda x: x[0], start(problem, params, 1))
+    found = curvature(problem, params, opt_state, 0)
     assert found["predicted"] == pytest.approx(predicted, rel=1e-3)
     diagonal = np.abs(np.diag(matrix)).max()
     assert found["bound"] == pytest.approx(2 * factor * divided / diagonal, rel=1e-3)
 
 
 def test_adam_divides_by_the_second_moment_of_the_moment():
-    problem, params, matrix = quadratic(seed=1)
-    carry = start("adam", problem, params, [1e-2])
-    *_, last = descend("adam", 0.1, problem, carry, [1e-2], 20)
-    step, params, opt_state, losses = jax.tree.map(
-        lambda x: x if isinstance(x, int) else x[0], last
-    )
+    problem, params, matrix = quadratic("adam", 0.1, seed=1)
+    walk = descend(problem, start(problem, params, 1), [1e-2], 20)
+    *_, (step, carry, losses) = walk
+    params, _, opt_state = jax.tree.map(lambda x: x[0], carry)
     assert step == 20
-    assert losses.shape == (10,)
-    tx = _stability.transformation("adam", lambda count: 1.0, 0.1, None)
+    assert losses.shape == (1, 10)
+    numbers = Numbers(1.0, 0.1, 20)
+    tx = optimizers.transformation(problem.method, numbers, problem.network)
     grads = jnp.asarray(matrix) @ params
     # With zero momentum before it, the update is -(1 - b1) g / D / (1 - b1^21).
-    adam, *rest = opt_state
-    still = adam._replace(mu=jnp.zeros_like(params))
-    updates, _ = tx.update(grads, (still, *rest), params)
+    still = optax.tree.set(opt_state, mu=jnp.zeros_like(params))
+    updates, _ = tx.update(grads, still, params)
     expected = -0.1 / (1 - 0.9**21) * grads / updates
-    damped, basis = _stability.divisor("adam", 0.1, problem, params, opt_state, step)
+    damped, basis = stable_rate.divisor(problem, params, opt_state, step)
     assert basis is None
     np.testing.assert_allclose(damped, expected, rtol=1e-9)
 
@@ -81,7 +89,8 @@ def _cross_entropy(logits, labels):
 
 
 def _network_loss(params, batch):
-    return _cross_entropy(_logits(params, batch[0], hessian.Tape(keep=False)), batch[1])
+    logits = _logits(params, batch[0], kronecker.Tape(keep=False))
+    return _cross_entropy(logits, batch[1])
 
 
 @pytest.fixture(scope="module")
@@ -97,19 +106,22 @@ def network():
         "first": {"kernel": "w1", "bias": "b1"},
         "second": {"kernel": "w2", "bias": "b2"},
     }
-    factors_fn = hessian.FactorsFn(
+    factors_fn = kronecker.ModelFactors(
         model_fn=_logits,
-        loss_fn=_cross_entropy,
-        blocks=hessian.make_blocks(params, layers),
+        criterion=_cross_entropy,
+        blocks=kronecker.make_blocks(params, layers),
         fisher="empirical",
     )
     data = (
         jax.random.normal(keys[4], (24, 5)),
         jax.random.randint(keys[5], (24,), 0, 3),
     )
-    problem = Problem(_network_loss, factors_fn, (), data)
-    kfac = rmtdamp.scale_by_kfac(factors_fn, damping=DAMPING, factor_every=None)
-    state = rmtdamp.refresh_factors(kfac.init(params), factors_fn, params, data)
+    network = Network(None, _network_loss, factors_fn)
+    method = Method("kfac-unclipped", eigen_every=1)
+    problem = Problem(network, (), data, method, DAMPING)
+    measurer = optimizers.factors_of(method, network)
+    kfac = rmtdamp.scale_by_kfac(measurer, damping=DAMPING, refresh_every=None)
+    state = rmtdamp.refresh(kfac.init(params), measurer, params, data)
     divide = jax.jit(lambda vector: kfac.update(vector, state, params)[0])
     return problem, params, kfac.init(params), divide
 
@@ -117,10 +129,10 @@ def network():
 def test_kfac_divides_by_what_it_is_said_to_divide_by(network):
     """Q (Q^T v / D), against the transformation's own update."""
     problem, params, opt_state, divide = network
-    damped, basis = _stability.divisor("kfac", DAMPING, problem, params, opt_state, 0)
+    damped, basis = stable_rate.divisor(problem, params, opt_state, 0)
     flat, unflatten = jax.flatten_util.ravel_pytree(params)
-    rotate = lambda x: _stability.from_eigenbasis(
-        problem.factors_fn.blocks, unflatten, basis, x
+    rotate = lambda x: stable_rate.from_eigenbasis(
+        problem.network.factors_fn.blocks, unflatten, basis, x
     )
     vector = unflatten(jax.random.normal(jax.random.key(0), flat.shape))
     coefficients = jax.vjp(rotate, flat)[1](vector)[0]
@@ -142,10 +154,10 @@ def test_kfac_sees_the_eigenvalue_of_the_dense_matrix(network):
     expected = np.linalg.eigvals(dense).real.max()
     matvec = hessian.hessian_matvec(_network_loss, params, problem.data)
     iterated = hessian.largest_eigenvalue(
-        lambda v: divide(matvec(v)), params, jax.random.key(1), num_steps=400
+        lambda v: divide(matvec(v)), params, jax.random.key(1), num_steps=2000
     )
     assert float(iterated.value) == pytest.approx(expected, rel=1e-4)
-    found = curvature("kfac", DAMPING, problem, params, opt_state, 0)
+    found = curvature(problem, params, opt_state, 0)
     assert found["eigenvalue"] == pytest.approx(expected, rel=1e-3)
     assert found["predicted"] == pytest.approx(3.8 / expected, rel=1e-3)
     assert found["bound"] >= found["predicted"]
@@ -154,10 +166,10 @@ def test_kfac_sees_the_eigenvalue_of_the_dense_matrix(network):
 def test_batches_go_through_the_data_once_an_epoch():
     """The losses of an epoch of batches are a permutation's means."""
     data = jnp.arange(20.0)
-    problem = Problem(lambda params, batch: batch.mean() + 0 * params, None, (), data)
-    carry = start("sgd", problem, jnp.zeros(()), [0.1])
-    walk = descend("sgd", 0.0, problem, carry, [0.1], 10, batch_size=4)
-    ((step, _, _, losses),) = walk
+    network = Network(None, lambda params, batch: batch.mean() + 0 * params)
+    problem = Problem(network, (), data, Method("sgd", "constant"), 0.0)
+    carry = start(problem, jnp.zeros(()), 1)
+    ((step, _, losses),) = descend(problem, carry, [0.1], 10, batch_size=4)
     assert step == 10
     epochs = np.asarray(losses).reshape(2, 5)
     np.testing.assert_allclose(epochs.mean(axis=1), data.mean())
@@ -175,19 +187,21 @@ def test_stable_means_stable_with_all_smaller_rates():
         _outcome(0.3, peak=None, last=None),
         _outcome(0.2, peak=9.0),
     ]
-    calm = lambda o: _stability.is_calm(o, 10)
-    learned = lambda o: _stability.has_learned(o, 10)
-    assert _stability.largest_stable(outcomes, calm) == 0.1
-    assert _stability.largest_stable(outcomes, learned) == 0.2
-    assert _stability.largest_stable([_outcome(1.0, last=2.2)], learned) == 0
-    assert _stability.grid(-6, 7)[::6] == [0.1, 1.0]
+    row = {"outcomes": outcomes, "num_classes": 10}
+    assert stable_rate.largest_stable([row], stable_rate.is_calm) == 0.1
+    assert stable_rate.largest_stable([row], stable_rate.has_learned) == 0.2
+    row["outcomes"] = [_outcome(1.0, last=2.2)]
+    assert stable_rate.largest_stable([row], stable_rate.has_learned) == 0
+    assert stable_rate.rates_from(-6, 7)[::6] == [0.1, 1.0]
 
 
 def _stable_rows(limits):
     """Rows as if every method's stable rate and prediction were its limit."""
     rows = []
-    for (optimizer, damping), limit in limits.items():
-        common = {"optimizer": optimizer, "damping": damping, "seed": 0}
+    for ((optimizer, damping), limit), seed in itertools.product(
+        limits.items(), (0, 1)
+    ):
+        common = {"optimizer": optimizer, "damping": damping, "seed": seed}
         rates = [limit / 2, limit, 2 * limit]
         outcomes = [_outcome(r, last=0.1 if r <= limit else None) for r in rates]
         outcomes[2]["peak"] = None
@@ -202,6 +216,12 @@ def _stable_rows(limits):
             if optimizer != "kfac-clipped"
         ]
     return rows
+
+
+def verdict_on(experiment, rows):
+    record = record_of(experiment, rows)
+    json.dumps(record, allow_nan=False)
+    return record["verdict"]
 
 
 LIMITS = {
@@ -219,9 +239,8 @@ LIMITS = {
     ],
 )
 def test_the_verdict_follows_from_the_rates(changed, verdict):
-    found = stable_rate.EXPERIMENTS[0].conclude(_stable_rows(LIMITS | changed))
-    assert found.verdict == verdict
-    json.dumps(found, allow_nan=False)
+    rows = _stable_rows(LIMITS | changed)
+    assert verdict_on(stable_rate.EXPERIMENTS[0], rows) == verdict
 
 
 def test_nothing_is_reproduced_if_no_check_holds():
@@ -229,7 +248,8 @@ def test_nothing_is_reproduced_if_no_check_holds():
     for row in rows:
         for moment in row.get("measured", ())[:1]:
             moment["predicted"] *= 3
-    assert stable_rate.EXPERIMENTS[0].conclude(rows).verdict == "not reproduced"
+            moment["bound"] /= 9
+    assert verdict_on(stable_rate.EXPERIMENTS[0], rows) == "not reproduced"
 
 
 def _cost_rows(scan=1.0, own=0.1, losses=(0.5, 0.5), shift=0.0):
@@ -256,7 +276,7 @@ def _cost_rows(scan=1.0, own=0.1, losses=(0.5, 0.5), shift=0.0):
     ]
     trained = [
         {
-            "method": {"optimizer": optimizer, "learned": True, "every": gap},
+            "method": {"optimizer": optimizer, "learned": True, "refresh_every": gap},
             "seed": seed,
             "epoch": [1],
             **{name: [loss + 0.01 * seed] for name in ("train_loss", "test_loss")},
@@ -272,8 +292,7 @@ def _cost_rows(scan=1.0, own=0.1, losses=(0.5, 0.5), shift=0.0):
 def test_an_epoch_is_the_sum_of_its_pieces():
     rows = _cost_rows(scan=5.0)
     rows[0]["batches_per_call"] = 39  # the scan is twice what was timed
-    found = cost._ratios(rows[:1])
-    ratio = lambda optimizer, kind, gap: found["MLP", optimizer, kind, gap]["ratio"]
+    ratio = lambda *of: cost.ratio_of(rows[0], *of)["ratio"]
     assert ratio("adam", "scan", 100) == pytest.approx(2)
     assert ratio("adam", "own", 10) == pytest.approx(1.1)
     assert ratio("kfac", "scan", 10) == pytest.approx(1 + 100 / 12)
@@ -290,6 +309,4 @@ def test_an_epoch_is_the_sum_of_its_pieces():
     ],
 )
 def test_the_verdict_follows_from_the_costs(changed, verdict):
-    found = cost.EXPERIMENTS[0].conclude(_cost_rows(**changed))
-    assert found.verdict == verdict
-    json.dumps(found, allow_nan=False)
+    assert verdict_on(cost.EXPERIMENTS[0], _cost_rows(**changed)) == verdict

@@ -1,5 +1,7 @@
-"""The paper's training runs: the same numbers again, each optimiser, small images."""
+"""The training loop: the same numbers again, each optimiser, a damping per layer."""
 
+import itertools
+import json
 import pathlib
 
 import jax
@@ -7,10 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from problems import quadratic_loss, symmetric
 
-from benchmarks.paper import _train
-from benchmarks.paper._convolution import conv_general_dilated
-from benchmarks.paper._data import Dataset
+import rmtdamp
+from benchmarks.paper._experiment import RESULTS
+from benchmarks.paper.experiments import beyond
+from benchmarks.shared import training
+from benchmarks.shared.data import Dataset
+from benchmarks.shared.layers import KINDS, row_moments, split_layers
+from benchmarks.shared.models import conv_general_dilated
+from benchmarks.shared.optimizers import Method, Network, Numbers, transformation
+from benchmarks.shared.runs import load, path_of
+from rmtdamp.transforms import Context
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -25,25 +35,24 @@ def tiny(monkeypatch):
     images = rng.integers(0, 120, (64, 8, 8, 1)) + 100 * labels[:, None, None, None]
     part = images.astype(np.uint8), labels
     data = Dataset("tiny", part, part, 2)
-    monkeypatch.setattr(_train, "load", lambda name, folder, coarse: data)
-    _train.data_of.cache_clear()
+    monkeypatch.setattr(training.data, "load", lambda name, folder, coarse: data)
+    training.data_of.cache_clear()
     yield pathlib.Path("unused")
-    _train.data_of.cache_clear()
+    training.data_of.cache_clear()
 
 
 def run(folder, method, **changes):
     settings = {"learning_rate": 0.1, "damping": 1e-2, "epochs": 3, "batch_size": 32}
     settings |= {"seed": 0, "task": TASK, "method": method, **changes}
-    row = _train.train(folder, **settings)
-    return {k: v for k, v in row.items() if k != "seconds"}
+    return training.train(folder, **settings)
 
 
 def test_the_same_run_gives_the_same_numbers(tiny):
-    learned = {"optimizer": "adam", "learned": True, "every": 1}
+    learned = {"optimizer": "adam", "learned": True, "refresh_every": 1}
     first = run(tiny, learned, epochs=6, with_spectral_norm=True)
     assert first == run(tiny, learned, epochs=6, with_spectral_norm=True)
     assert first["train_loss"][-1] < first["train_loss"][0] < np.log(2)
-    assert first["damping_curve"][-1] > 1e-2  # the floor and what was measured
+    assert first["damping_curve"][0] > 1e-2  # the floor and what was measured
     assert first["spectral_norm"] > 0
     assert first != run(tiny, learned, epochs=6, with_spectral_norm=True, seed=1)
 
@@ -60,17 +69,85 @@ def test_the_same_run_gives_the_same_numbers(tiny):
     ],
 )
 def test_each_optimiser_trains(tiny, optimizer, learned):
-    method = {"optimizer": optimizer, "learned": learned, "every": 2}
+    method = {"optimizer": optimizer, "learned": learned, "refresh_every": 2}
     row = run(tiny, method, learning_rate=0.02, damping=0.1)
     assert row["train_loss"][-1] < row["train_loss"][0]
     assert len(row["epoch"]) == 3
 
 
-def test_crops_and_flips_depend_on_the_seed_alone(tiny):
-    augmented = {"task": {**TASK, "augmented": True}}
-    first = run(tiny, {"optimizer": "sgd"}, **augmented)
-    assert first == run(tiny, {"optimizer": "sgd"}, **augmented)
-    assert first != run(tiny, {"optimizer": "sgd"})
+@pytest.mark.parametrize("optimizer", ["adam", "kfac"])
+def test_by_hand_or_in_the_step_the_numbers_are_the_same(tiny, optimizer):
+    task = training.Task(**TASK)
+    periods = {"refresh_every": 3, "factors_every": 2, "eigen_every": 2}
+    method = Method(optimizer, learned=True, **periods)
+    numbers = {"learning_rate": 0.02, "damping": 0.1, "epochs": 4, "seed": 0}
+    numbers |= {"batch_size": 32, "num_evaluations": 2}
+    with jax.debug_key_reuse(False):  # KFAC's keys are made of its count
+        ours, theirs = (
+            training.fit(tiny, task, method, by_hand=by_hand, **numbers).curves
+            for by_hand in (True, False)
+        )
+    assert ours["step"] == theirs["step"] == [4, 8]
+    for name in (*training.CURVES, "damping"):
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3)
+    assert ours["damping"][0][0] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("method", "damping", "rtol"),
+    # Another machine rounds otherwise, and training makes more of it; the learned one
+    # measures with one probe, and the signs drawn for it are others than they were.
+    [(beyond.HELD, 1e-2, 0.02), (beyond.LEARNED, beyond.FLOOR, 0.1)],
+    ids=["held", "learned"],
+)
+def test_a_committed_run_comes_out_again(method, damping, rtol):
+    run = beyond.run_of(beyond.DIGITS, method, damping, 1)
+    committed = load(path_of(run.function, RESULTS))[run.key]
+    with jax.enable_x64(False):
+        row = json.loads(json.dumps(run.function(pathlib.Path("unused"), **run.config)))
+    assert row["step"] == committed["step"]
+    for name in ("train_loss", "test_loss", "damping_curve"):
+        np.testing.assert_allclose(row[name], committed[name], rtol=rtol)
+
+
+def layered(size=(2, 3)):
+    """Two layers under x^T A_i x / 2, their names and places, and eight A_i."""
+    matrices = symmetric(jax.random.key(0), 8, sum(size), mean=1.0)
+    params = {"a": {"w": jnp.ones(size[0])}, "b": {"w": jnp.ones(size[1])}}
+    return params, matrices, {"a": slice(size[0]), "b": slice(size[0], None)}
+
+
+def test_row_moments_are_those_of_the_dense_rows():
+    """On average over all probes of signs, on which they depend."""
+    params, matrices, places = layered()
+    micro = np.asarray(matrices).reshape(2, 4, 5, 5).mean(0)  # four of two examples
+    unflatten = jax.flatten_util.ravel_pytree(params)[1]
+    probes = [unflatten(jnp.array(p)) for p in itertools.product((-1.0, 1.0), repeat=5)]
+    found = [
+        row_moments(quadratic_loss, params, matrices, probe, (), 4) for probe in probes
+    ]
+    whole, spread = micro.mean(0), micro.var(0, ddof=1) / 4
+    for name, rows in places.items():
+        average = np.mean([of[name][:3] for of in found], axis=0)
+        size = len(whole[rows])
+        mean = np.trace(whole[rows, rows]) / size
+        square = (whole[rows] ** 2 - spread[rows]).sum() / size
+        expected = mean, square, spread[rows].sum() / size
+        np.testing.assert_allclose(average, expected, rtol=1e-10)
+
+
+def test_block_moments_are_those_of_the_layer_alone():
+    params, matrices, places = layered()
+    settings = {"floor": 0.0, "num_microbatches": 4, "decay": 0.0}
+    learner = rmtdamp.DampingLearner(quadratic_loss, **settings)
+    learned = {k: learner.init(x) for k, x in split_layers(params).items()}
+    count = jnp.zeros((), jnp.int32)
+    found = KINDS["block"](learner, learned, count, params, matrices, ())
+    for name, rows in places.items():
+        alone = params[name], matrices[:, rows, rows]
+        expected = learner.refresh(learned[name], Context(count, *alone, 8))
+        assert found[name].damping > 0
+        np.testing.assert_allclose(found[name].damping, expected.damping, rtol=1e-10)
 
 
 def test_a_diverged_run_ends_early(tiny):
@@ -99,15 +176,15 @@ def test_the_small_convolution_is_xlas(size):
 
 
 def test_numbers_may_be_traced():
-    numbers = _train.Numbers(0.1, 1e-2, 0.0, 10)
-    network = _train.Network(None, lambda params, batch: 0.0, None)
+    numbers = Numbers(0.1, 1e-2, 10)
+    network = Network(None, lambda params, batch: 0.0)
 
     @jax.jit
     def step(numbers, params):
-        tx = _train.transformation(_train.Method("adam"), numbers, network)
+        tx = transformation(Method("adam"), numbers, network)
         return tx.update(params, tx.init(params), params)[0]
 
-    eager = _train.transformation(_train.Method("adam"), numbers, network)
+    eager = transformation(Method("adam"), numbers, network)
     params = jnp.ones(3)
     expected = eager.update(params, eager.init(params), params)[0]
     np.testing.assert_allclose(step(numbers, params), expected, rtol=1e-6)

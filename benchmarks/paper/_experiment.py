@@ -1,88 +1,146 @@
 """A claim of the paper, the runs that test it, and what to conclude from them."""
 
+import functools
 import json
 import math
 import pathlib
-import statistics
+import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
-
+from benchmarks.shared import report
+from benchmarks.shared.claims import Check, by
+from benchmarks.shared.runs import Row, Run, perform
 from rmtdamp.demo._report import write
 
-from ._runs import RESULTS, Row, Run, perform
-
-Scale = Literal["small", "full"]
-Verdict = Literal["reproduced", "partly", "not reproduced"]
+HERE = pathlib.Path(__file__).parent
+RESULTS, TEXTS = HERE / "results", HERE / "texts"
 
 
-class Conclusion(NamedTuple):
-    """What the runs say."""
+class Text(NamedTuple):
+    """What is said about an experiment: Markdown, written by hand."""
 
-    table: list[Row]  # rows of one picture or table, numbers or "mean ± error"
-    findings: Row  # the few numbers that the verdict rests on
-    verdict: Verdict
-    remark: str  # why that verdict, and what else a reader should know
+    claim: str
+    paper: Row  # the paper's own figures
+    scale: str  # "full" is the paper's own, "small" is reduced
+    protocol: str  # what is run, and how it is reduced
+    remark: str  # what the checks and the table say, and what a reader should know
 
 
 class Experiment(NamedTuple):
     """One figure or table of the paper."""
 
     name: str
-    claim: str  # in our words
-    paper: Row  # the paper's own figures
-    protocol: dict[Scale, str]  # what is run; at "small", how it is reduced
-    runs: Callable[[Scale], list[Run]]
-    conclude: Callable[[list[Row]], Conclusion]
-    draw: Callable[[Figure, list[Row]], None]
+    runs: Callable[[], list[Run]]
+    heads: Callable[[Row], Row]  # what names the line of the table that a row is in
+    # (names, {names: rows}) -> what else is in the line; None: no line
+    line: Callable[[Any, dict], Row | None]
+    checks: Callable[[dict], list[Check]]  # {names: rows} -> the parts of the claim
+    # A curve over epochs, ("grid" or a scale, columns of the table ...), or what draws.
+    pictures: Sequence[Any]
+    more: Callable[[dict], list[Row]] = lambda found: []  # further lines of the table
+    each: Callable[[list[Row]], list[Row]] = list  # rows, where a run holds several
+
+    @property
+    def text(self) -> Text:
+        """Its entry in `texts`."""
+        return texts()[self.name]
+
+    def found(self, rows: list[Row]) -> dict[Any, list[Row]]:
+        """The rows of each line, by the values of its names."""
+        found = by(self.each(rows), lambda row: tuple(self.heads(row).values()))
+        return {k[0] if len(k) == 1 else k: v for k, v in found.items()}
+
+    def table(self, rows: list[Row]) -> list[Row]:
+        """Lines of names and cells, numbers or "mean ± error"."""
+        found = self.found(rows)
+        lines = [(self.heads(of[0]), self.line(k, found)) for k, of in found.items()]
+        return [x | line for x, line in lines if line is not None] + self.more(found)
+
+    def panels(self, rows: list[Row]) -> list[report.Panel]:
+        """What is in the picture."""
+        table, heads = self.table(rows), list(self.heads(self.each(rows)[0]))
+        labelled = {report.label(k): of for k, of in self.found(rows).items()}
+        panels = []
+        for picture in self.pictures:
+            if callable(picture):
+                panels.extend(picture(rows))
+            elif isinstance(picture, str):
+                panels.append(report.training(labelled, picture))
+            elif picture[0] == "grid":
+                panels.append(report.grid(table, picture[1], heads, title=picture[1]))
+            else:
+                scale, *columns = picture
+                panels.append(report.bars(table, columns, heads, yscale=scale))
+        return panels
 
 
-def path_of(
-    experiment: Experiment, scale: Scale, results: pathlib.Path = RESULTS
-) -> pathlib.Path:
-    """The JSON file; the PNG lies beside it. The first scale has the plain name."""
-    first = next(iter(experiment.protocol))
-    suffix = "" if scale == first else f"_{scale}"
-    return results / f"{experiment.name}{suffix}.json"
+@functools.cache
+def texts(folder: pathlib.Path = TEXTS) -> dict[str, Text]:
+    """All entries by name.
+
+    A file has one heading per experiment, `# name`, with the sections Claim, The paper
+    (a list of `- **what**: figure`), How (small scale) and What came out. A heading in
+    braces names words that stand wherever these braces are repeated.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.md")):
+        entries = _sections(path.read_text(), "#")
+        words = {k: v.strip() for k, v in entries.items() if k.startswith("{")}
+        for name in entries.keys() - words.keys():
+            body = entries[name]
+            for token, meant in words.items():
+                body = body.replace(token, meant)
+            parts = _sections(body, "##")
+            flat = {title: " ".join(part.split()) for title, part in parts.items()}
+            figures = re.findall(
+                r"- \*\*(.+?)\*\*: (.+?)(?= - \*\*|$)", flat["The paper"]
+            )
+            (how,) = (title for title in flat if title.startswith("How"))
+            found[name] = Text(
+                flat["Claim"],
+                {k: json.loads(v) if v.startswith("[") else v for k, v in figures},
+                how.split("(")[1].split()[0],
+                flat[how],
+                flat["What came out"],
+            )
+    return found
 
 
-def carry_out(
-    experiment: Experiment,
-    scale: Scale,
-    folder: pathlib.Path,
-    results: pathlib.Path = RESULTS,
-) -> Conclusion:
-    """Make the runs that are missing, then write the JSON and the PNG."""
-    if scale not in experiment.protocol:
-        raise ValueError(
-            f"{experiment.name} has no scale {scale!r}: it has "
-            f"{', '.join(experiment.protocol)}"
-        )
-    rows = perform(experiment.name, experiment.runs(scale), folder, results)
-    conclusion = experiment.conclude(rows)
+def _sections(text: str, mark: str) -> dict[str, str]:
+    """Heading -> what stands below it."""
+    _, *parts = re.split(rf"^{mark} (.+)\n", text, flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def carry_out(experiment: Experiment, folder: pathlib.Path, results=RESULTS) -> Row:
+    """Make the runs that are missing, then write the record and its picture."""
+    rows = perform(experiment.name, experiment.runs(), folder, results)
+    record, path = record_of(experiment, rows), results / f"{experiment.name}.json"
+    words = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
+    write(path, words + "\n")
+    report.save_figure(path.with_suffix(".png"), experiment.panels(rows))
+    return record
+
+
+def record_of(experiment: Experiment, rows: list[Row]) -> Row:
+    """What is kept of an experiment: its words and what its runs say."""
+    text, checks = experiment.text, experiment.checks(experiment.found(rows))
     record = {
         "experiment": experiment.name,
-        "claim": experiment.claim,
-        "paper": experiment.paper,
-        "measured": {**conclusion.findings, "table": conclusion.table},
+        "claim": text.claim,
+        "paper": text.paper,
+        "checks": [check._asdict() for check in checks],
+        "measured": {"table": experiment.table(rows)},
         "seeds": len({row["seed"] for row in rows}),
-        "scale": scale,
-        "verdict": conclusion.verdict,
-        "remark": conclusion.remark,
-        "protocol": experiment.protocol[scale],
+        "scale": text.scale,
+        "verdict": verdict_of(checks),
+        "remark": text.remark,
+        "protocol": text.protocol,
         "runs": len(rows),
-        "minutes": round(sum(row["seconds"] for row in rows) / 60, 1),
+        "minutes": round(sum(row.get("seconds", 0) for row in rows) / 60, 1),
     }
-    path = path_of(experiment, scale, results)
-    text = json.dumps(_finite(record), indent=1, ensure_ascii=False, allow_nan=False)
-    write(path, text + "\n")
-    figure = plt.figure(figsize=(9, 4.2), layout="constrained")
-    experiment.draw(figure, rows)
-    figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
-    plt.close(figure)
-    return conclusion
+    return _finite(record)
 
 
 def _finite(value: Any) -> Any:
@@ -91,59 +149,11 @@ def _finite(value: Any) -> Any:
         return {name: _finite(x) for name, x in value.items()}
     if isinstance(value, list):
         return [_finite(x) for x in value]
+    value = value.item() if hasattr(value, "item") else value  # a NumPy scalar
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def select(rows: Sequence[Row], **wanted: Any) -> list[Row]:
-    """The rows whose config holds these values."""
-    return [r for r in rows if all(r[k] == v for k, v in wanted.items())]
-
-
-def groups(rows: Sequence[Row], *names: str) -> dict[tuple, list[Row]]:
-    """Rows by the values of some fields, in the order in which they come."""
-    found: dict[tuple, list[Row]] = {}
-    for row in rows:
-        found.setdefault(tuple(row[n] for n in names), []).append(row)
-    return found
-
-
-def mean(values: Sequence[float]) -> float:
-    """The mean over seeds; infinite if one run diverged."""
-    return statistics.fmean(x if math.isfinite(x) else math.inf for x in values)
-
-
-def error(values: Sequence[float]) -> float:
-    """The standard error of that mean; NaN with one seed or a diverged run."""
-    if len(values) < 2 or not all(map(math.isfinite, values)):
-        return math.nan
-    return statistics.stdev(values) / len(values) ** 0.5
-
-
-def cell(values: Sequence[float], digits: int = 3) -> str:
-    """Mean ± standard error over seeds; runs that diverged are counted."""
-    good = [x for x in values if math.isfinite(x)]
-    lost = len(values) - len(good)
-    parts = [f"{mean(good):.{digits}f}"] if good else []
-    if len(good) > 1:
-        parts = [f"{parts[0]} ± {error(good):.{digits}f}"]
-    if lost:
-        parts.append(f"{lost} of {len(values)} diverged")
-    return ", ".join(parts)
-
-
-def verdict_of(checks: Sequence[bool]) -> Verdict:
+def verdict_of(checks: Sequence[Check]) -> str:
     """All of what was claimed, some of it, or nothing."""
-    return (
-        "reproduced" if all(checks) else "partly" if any(checks) else "not reproduced"
-    )
-
-
-def signed(change: tuple[float, float]) -> str:
-    """A difference and its standard error."""
-    return f"{change[0]:+.2f} ± {change[1]:.2f}"
-
-
-def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error of the paired differences over seeds."""
-    paired = [a - b for a, b in zip(ours, theirs, strict=True)]
-    return mean(paired), error(paired)
+    held = [bool(check.holds) for check in checks]
+    return "reproduced" if all(held) else "partly" if any(held) else "not reproduced"

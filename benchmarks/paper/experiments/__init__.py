@@ -1,20 +1,6 @@
 """All experiments, by name."""
 
-from . import beyond, cost, fig2, lanczos_opt, spectra, stable_rate, vgg_adam, vgg_auto
+from . import beyond, cost, lanczos_opt, spectra, stable_rate, vgg
 
-MODULES = (
-    lanczos_opt,
-    fig2,
-    spectra,
-    vgg_adam,
-    vgg_auto,
-    stable_rate,
-    cost,
-    beyond,
-)
-
-EXPERIMENTS = {
-    experiment.name: experiment
-    for module in MODULES
-    for experiment in module.EXPERIMENTS
-}
+MODULES = (lanczos_opt, spectra, vgg, stable_rate, cost, beyond)
+EXPERIMENTS = {x.name: x for module in MODULES for x in module.EXPERIMENTS}

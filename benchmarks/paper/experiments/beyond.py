@@ -1,330 +1,296 @@
-"""What the paper left open: other tasks without tuning, text, a damping per layer."""
+"""What the paper left open: other tasks without tuning, text, a damping per layer.
+
+Adam at its usual rate on small real tasks: flat dampings against the learner as it
+comes (`auto_adam`'s defaults), under both rules. Two more ask the same of the main
+job's own network and loop: Adam at two learning rates, and KFAC (the paper's Figure 11
+in another setting).
+"""
 
 import functools
 import itertools
+import pathlib
 
-from benchmarks.paper._experiment import Conclusion, Experiment, cell, difference, mean
+from benchmarks.paper._experiment import Experiment
+from benchmarks.shared import claims, report
+from benchmarks.shared.claims import Check, by, cells, difference, ends, mean, signed
+from benchmarks.shared.runs import Row, Run
+from benchmarks.shared.training import train, train_scanned
+from rmtdamp.demo import _train as demo
+from rmtdamp.demo._data import load_digits, load_idx
 
-from ._beyond import (
-    DAMPINGS,
-    DIGITS,
-    FACTORS,
-    FASHION,
-    FINE,
-    FLOOR,
-    HELD,
-    KINDS,
-    LEARNED,
-    RULES,
-    SEEDS,
-    TASKS,
-    TEXT,
-    best_of,
-    by_method,
-    by_task,
-    compared,
-    excess_of,
-    final,
-    flat_of,
-    gap_of,
-    in_words,
-    near_best,
-    percent,
-    run_of,
-    scaled_table,
-    settled_at,
-    table_of,
+RATE, FLOOR, NEAR = 1e-3, 1e-4, 0.05
+DAMPINGS = (1e-8, 1e-4, 1e-3, 1e-2, 1e-1)
+FINE = (3e-3, 3e-2)  # besides, on Fashion-MNIST
+SEEDS = range(3)
+FACTORS = (0.1, 10.0)  # of the loss
+DIGITS, FASHION, CIFAR, TEXT = "digits", "fashion-mnist", "cifar-100", "tinyshakespeare"
+NAMES = {
+    DIGITS: "digits, MLP",
+    "mnist": "MNIST, logistic",
+    FASHION: "Fashion-MNIST, MLP",
+    CIFAR: "CIFAR-100, VGG-16",
+    TEXT: "Shakespeare, transformer",
+}
+TASKS = {
+    DIGITS: {"model": "mlp", "width": 0.5},
+    "mnist": {"model": "logistic"},
+    FASHION: {"model": "mlp"},
+    CIFAR: {"model": "vgg16", "coarse": True},
+    TEXT: {"model": "transformer", "num_test": 500},
+}
+QUARTER = {"num_classes": 5, "num_train": 2560, "num_test": 2500, "pool": 2}
+SIZES = {  # how each task is reduced, epochs, batch size
+    DIGITS: ({}, 40, 128),
+    "mnist": ({"num_train": 2000}, 60, 128),
+    FASHION: ({"num_train": 5000}, 30, 128),
+    CIFAR: ({**QUARTER, "width": 0.125}, 30, 128),
+    TEXT: ({}, 1, 32),
+}
+HELD = {"optimizer": "adam"}
+LEARNED = {"optimizer": "adam", "learned": True, "rule": "identity"}
+EQUIVARIANT = {**LEARNED, "rule": "scaled-identity"}
+RULES = {"learned": LEARNED, "learned, equivariant": EQUIVARIANT}
+KINDS = {"block": "its block", "rows": "its rows"}
+PLAIN = "flat 1e-08"
+# The main job, with every field, so that finished runs outlive its defaults.
+ADAM_JOB = demo.Settings(
+    30, 128, 256, 1e-3, 0.05, 1e-2, 1e-4, 100, "identity", "damping"
 )
-from ._beyond_pictures import draw_layers, draw_tasks, draw_text
+KFAC_JOB = demo.Settings(30, 128, 128, 0.03, 0.05, 0.1, 1e-2, 20, "identity", "damping")
+RATES, FORMS, FLOORS = (1e-3, 1e-2), ("damping", "shrinkage"), (1e-3, 1e-2, 1e-1)
+COLUMNS = {
+    "train loss": ("train_loss", 3),
+    "test loss": ("test_loss", 3),
+    "test error, %": ("test_error", 2, 100),
+}
+loss = functools.partial(ends, name="test_loss")
 
 
-def _task_runs(scale):
-    runs = [run for name in TASKS for run in compared(name, scale)]
-    methods = [
-        (method, FLOOR, factor) for factor in FACTORS for method in RULES.values()
-    ]
+def run_of(name, method, damping, seed, **more):
+    reduced, epochs, batch_size = SIZES[name]
+    config = {"task": {"dataset": name, **TASKS[name], **reduced}, "method": method}
+    config |= {"learning_rate": RATE, "damping": damping, "seed": seed}
+    config |= {"epochs": epochs, "batch_size": batch_size, **more}
+    if name == CIFAR:
+        return Run(train, config | {"eval_every": epochs // 10})
+    return Run(train_scanned, config)
+
+
+def compared(name, dampings=DAMPINGS):
+    """The flat dampings and the learner under both rules, all seeds of each."""
+    methods = [(HELD, d) for d in dampings]
+    methods += [(method, FLOOR) for method in RULES.values()]
+    return [run_of(name, *m, s) for m in methods for s in SEEDS]
+
+
+def _task_runs():
+    methods = [(m, FLOOR, factor) for factor in FACTORS for m in RULES.values()]
     # Adam's step is the same if loss and damping are both ten times as large.
     methods += [(HELD, 1e-1, 10.0)]
-    return runs + [
-        run_of(FASHION, scale, method, damping, seed, loss_factor=factor)
+    return [run for name in TASKS for run in compared(name)] + [
+        run_of(FASHION, method, damping, seed, loss_factor=factor)
         for method, damping, factor in methods
-        for seed in SEEDS[scale]
+        for seed in SEEDS
     ]
 
 
-def _layer_runs(scale):
-    runs = compared(FASHION, scale, sorted(DAMPINGS + FINE))
-    runs += compared(DIGITS, scale) + compared(TEXT, scale)
-    cells = list(itertools.product((FASHION, DIGITS), KINDS, RULES.values()))
-    cells += [(TEXT, "rows", LEARNED)]
+def _layer_runs():
+    runs = compared(FASHION, sorted(DAMPINGS + FINE))
+    runs += compared(DIGITS) + compared(TEXT)
+    kinds = list(itertools.product((FASHION, DIGITS), KINDS, RULES.values()))
     return runs + [
-        run_of(name, scale, method, FLOOR, seed, layers=kind)
-        for name, kind, method in cells
-        for seed in SEEDS[scale]
+        run_of(name, method, FLOOR, seed, layers=kind)
+        for name, kind, method in [*kinds, (TEXT, "rows", LEARNED)]
+        for seed in SEEDS
     ]
 
 
-def _conclude_tasks(rows):
-    tasks = by_task(rows)
-    near = {
-        label: [near_best(methods, label) for methods in tasks.values()]
-        for label in next(iter(tasks.values()))
-    }
-    count = {k: [sum(x) for x in zip(*v, strict=True)] for k, v in near.items()}
-    excess = {
-        label: [excess_of(methods, label) for methods in tasks.values()]
-        for label in near
-    }
-    better = sum(
-        m["learned"] is not None and gap_of(m, "learned", "flat 1e-08")[0] < 0
-        for m in tasks.values()
-    )
-    fixed = min(flat_of(near), key=lambda k: mean(excess[k]))
-    num = len(tasks)
-    hits = count["learned"][0]
-    scaled = scaled_table(rows)
-    twin = difference(
-        final(by_method(rows, FASHION, 10.0)["flat 0.1"]),
-        final(by_method(rows, FASHION)["flat 0.01"]),
-    )
-    findings = {
-        f"tasks of {num} within 5 % of the best flat damping's test loss": [
-            f"{k}: {v[0]}" for k, v in count.items()
-        ],
-        f"tasks of {num} within one standard error of it": [
-            f"{k}: {v[1]}" for k, v in count.items()
-        ],
-        "mean excess over the best flat damping": [
-            f"{k}: {percent(mean(v))}" for k, v in excess.items()
-        ],
-        "learned damping beside the best flat one": [
-            f"{TASKS[n][0]}: {settled_at(m['learned']):.2g}, equivariant "
-            f"{settled_at(m['learned, equivariant']):.2g} ({best_of(m)})"
-            for n, m in tasks.items()
-        ],
-        "learned, test loss above the best flat damping's": [
-            f"{TASKS[n][0]}: {percent(x)}"
-            for n, x in zip(tasks, excess["learned"], strict=True)
-        ],
-        "learned, test error to the best flat damping's, points": [
-            f"{TASKS[n][0]}: {100 * x[0]:+.2f}"
-            for n, m in tasks.items()
-            for x in [gap_of(m, "learned", best_of(m), "test_error")]
-        ],
-        "loss x 0.1, 1, 10 on Fashion-MNIST, test loss above the best flat one's": [
-            f"{label}: "
-            + ", ".join(percent(r["excess"]) for r in scaled if r["damping"] == label)
-            for label in RULES
-        ],
-        "check: flat 0.1 at loss x 10 less flat 0.01": f"{twin[0]:.1e}",
-    }
-    worst = max(zip(excess["learned"], tasks, strict=True))
-    word = {k: [r["excess"] for r in scaled if r["damping"] == k] for k in RULES}
-    remark = (
-        f"As it comes, the learner ends within 5 % of the best of {len(DAMPINGS)} flat "
-        f"dampings on {hits} of {num} tasks, and below plain Adam (1e-8) on {better}; "
-        f"its worst is {TASKS[worst[1]][0]}, {percent(worst[0])}. The equivariant "
-        f"rule is within 5 % on {count['learned, equivariant'][0]}. One flat damping "
-        f"for all tasks does "
-        + (
-            "better"
-            if mean(excess[fixed]) < min(mean(excess[k]) for k in RULES)
-            else "worse"
-        )
-        + f" than either: {fixed} is within 5 % on {count[fixed][0]}, on average "
-        f"{percent(mean(excess[fixed]))} against {percent(mean(excess['learned']))} "
-        f"(learned) and {percent(mean(excess['learned, equivariant']))} "
-        f"(equivariant). With the loss times 0.1 and 10, eq. 15 goes from "
-        f"{percent(word['learned'][1])} above the best to "
-        f"{percent(word['learned'][0])} and {percent(word['learned'][2])}; the "
-        f"equivariant rule from {percent(word['learned, equivariant'][1])} to "
-        f"{percent(word['learned, equivariant'][0])} and "
-        f"{percent(word['learned, equivariant'][2])}."
-    )
-    verdict = (
-        "reproduced"
-        if hits == num
-        else "partly"
-        if 2 * hits > num
-        else "not reproduced"
-    )
-    scaled = [{k: v for k, v in row.items() if k != "excess"} for row in scaled]
-    return Conclusion(table_of(tasks) + scaled, findings, verdict, remark)
+def main_job(folder: pathlib.Path, *, data, method, settings: Row, seed) -> Row:
+    """A run of `python -m rmtdamp` on 5,000 images; curves by epoch, or of some."""
+    found = load_digits() if data == DIGITS else load_idx(folder / data)
+    found = found._replace(train=tuple(x[:5000] for x in found.train))
+    records = list(demo.train(found, method, demo.Settings(**settings), seed))
+    names = ("train_loss", "test_loss", "test_accuracy", "damping", "measured_variance")
+    return {name: [getattr(record, name) for record in records] for name in names}
 
 
-def _conclude_text(rows):
-    methods = by_method(rows, TEXT)
-    best, plain = best_of(methods), "flat 1e-08"
-    to_best = {label: gap_of(methods, label, best) for label in RULES}
-    to_plain = {label: gap_of(methods, label, plain) for label in RULES}
-    gap, error = to_best["learned"]
-    near = gap <= 0.01 * mean(final(methods[best])) or gap <= error
-    helps = to_plain["learned"][0] < 0
-    path = lambda label: [
-        f"{mean([r['damping_curve'][i] for r in methods[label]]):.2g}"
-        for i in (0, 4, 9)
+def _job_runs(cases):
+    runs = [{"data": x, "method": m, "settings": of._asdict()} for x, m, of in cases]
+    return [Run(main_job, run | {"seed": seed}) for run in runs for seed in range(5)]
+
+
+def _rate_runs():
+    cases = []
+    for rate in RATES:
+        base = ADAM_JOB._replace(learning_rate=rate)
+        flat = sorted({*DAMPINGS, *FINE})
+        cases += [("adam-shrinkage", base._replace(damping=d)) for d in flat]
+        learned = itertools.product(demo.RULES, FORMS, (1e-5, 1e-4, 1e-3))
+        for rule, form, floor in learned:
+            changed = base._replace(rule=rule, form=form, floor=floor)
+            cases.append(("auto-adam", changed))
+    return _job_runs((FASHION, *case) for case in cases)
+
+
+def _kfac_runs():
+    cases = [("kfac", KFAC_JOB._replace(damping=d)) for d in (*FLOORS, 0.3, 1.0)]
+    cases += [("auto-kfac", KFAC_JOB._replace(floor=floor)) for floor in FLOORS]
+    return _job_runs((data, *case) for data in (DIGITS, FASHION) for case in cases)
+
+
+def label_of(row):
+    if of := row.get("settings"):
+        if not row["method"].startswith("auto"):
+            return f"flat {of['damping']:g}"
+        usual = {"rule": "identity", "form": "damping"}
+        unlike = [f", {of[k]}" for k, v in usual.items() if of[k] != v]
+        return f"learned from {of['floor']:g}{''.join(unlike)}"
+    if not row["method"].get("learned"):
+        return f"flat {row['damping']:g}"
+    label = next(k for k, v in RULES.items() if v == row["method"])
+    return label + (f", a layer by {KINDS[row['layers']]}" if "layers" in row else "")
+
+
+def _heads(row):
+    if of := row.get("settings"):
+        rate = f", {of['learning_rate']:g}"
+        return {"task": NAMES[row["data"]] + rate, "damping": label_of(row)}
+    factor = f", loss x {row['loss_factor']:g}" if "loss_factor" in row else ""
+    return {"task": NAMES[row["task"]["dataset"]] + factor, "damping": label_of(row)}
+
+
+def _each(rows):
+    """In the order of the tasks; the main job's rows by the others' names."""
+    for row in rows:
+        if "settings" in row:
+            row["test_error"] = [1 - x for x in row["test_accuracy"]]
+            row["damping_curve"] = row["damping"]
+    task_of = lambda row: row.get("data") or row["task"]["dataset"]
+    return sorted(rows, key=lambda row: list(TASKS).index(task_of(row)))
+
+
+def _tasks(found):
+    """Task -> label -> rows, but for the loss times a factor."""
+    tasks: dict = {}
+    for (task, label), rows in found.items():
+        if "loss x" not in task:
+            tasks.setdefault(task, {})[label] = rows
+    return tasks
+
+
+def best_of(labels) -> str:
+    """The flat damping of the least mean final test loss, chosen in hindsight."""
+    flat = [k for k in labels if k.startswith("flat")]
+    return min(flat, key=lambda k: mean(loss(labels[k])))
+
+
+def settled(rows):
+    """The last damping, averaged over seeds; one for each layer where there are."""
+    last = [row["damping_curve"] for row in rows]
+    if isinstance(last[0], dict):
+        return {name: mean([x[name][-1] for x in last]) for name in last[0]}
+    return {"": mean([x[-1] for x in last])}
+
+
+def _line(key, found, scaled=False):
+    task, label = key
+    if "loss x" in task and not scaled:
+        return None
+    labels = _tasks(found)[task.partition(", loss x")[0]]
+    best, rows = best_of(labels), found[key]
+    to = lambda other: signed(difference(loss(rows), loss(labels[other])), 3)
+    final = settled(rows).values()
+    line = cells(rows, COLUMNS)
+    line["to the best flat"] = "best" if label == best else to(best)
+    line["to flat 1e-08"] = to(PLAIN) if label != PLAIN and PLAIN in labels else ""
+    shown = dict.fromkeys([min(final), max(final)])
+    return line | {"final damping": " to ".join(f"{x:.2g}" for x in shown)}
+
+
+def _more(found):
+    """Lines of the loss times factors."""
+    lines = []
+    for factor, label in itertools.product(sorted((*FACTORS, 1.0)), RULES):
+        key = f"{NAMES[FASHION]}, loss x {factor:g}", label
+        of = found | {key: found.get(key) or found[NAMES[FASHION], label]}
+        line = {"task": key[0], "damping": label}
+        line |= _line(key, of, scaled=True) or {}
+        left_out = ("test error, %", "to flat 1e-08")
+        lines.append({k: v for k, v in line.items() if k not in left_out})
+    return lines
+
+
+def _near(labels, label="learned", share=NEAR, task=""):
+    text = f"{task}{label} within {100 * share:g} % of the best flat test loss"
+    ours, best = loss(labels[label]), loss(labels[best_of(labels)])
+    return claims.within(text, share, ours, best)
+
+
+def _on_tasks(found):
+    near = [_near(of).holds for of in _tasks(found).values()]
+    text = "The learner is within 5 % of the best flat damping's test loss on"
+    num, hits = len(near), sum(near)
+    return [
+        Check(f"{text} all {num} tasks: on so many", hits, None, hits == num),
+        Check(f"{text} more than half: on so many", hits, None, 2 * hits > num),
     ]
-    findings = {
-        "best flat damping": best,
-        "test loss, nats per character": [
-            f"{label}: {cell(final(found))}" for label, found in methods.items()
-        ],
-        "to the best flat damping": [f"{k}: {in_words(v)}" for k, v in to_best.items()],
-        "to flat 1e-08": [f"{k}: {in_words(v)}" for k, v in to_plain.items()],
-        "damping after a tenth, half and all of the steps": [
-            f"{label}: {' -> '.join(path(label))}" for label in RULES
-        ],
-    }
-    trend = lambda label: (
-        "falls" if float(path(label)[-1]) < float(path(label)[0]) else "rises"
-    )
-    scores = mean(final(methods[best], "train_loss")), mean(final(methods[best]))
-    remark = f"The best flat damping is {best.split()[1]}. " + " ".join(
-        f"{label.capitalize()}: the damping {trend(label)} to {path(label)[-1]}, the "
-        f"loss ends {in_words(to_best[label])} nats per character from the best flat "
-        f"one's and {in_words(to_plain[label])} from plain Adam's (1e-8)."
-        for label in RULES
-    )
-    if scores[0] > 0.95 * scores[1]:
-        remark += (
-            f" The run is one pass over the text and does not overfit (train loss "
-            f"{scores[0]:.2f}, test loss {scores[1]:.2f}): there is nothing for a "
-            "damping to regularise, and it makes Adam's steps shorter."
-        )
-    verdict = (
-        "reproduced"
-        if near and helps
-        else "partly"
-        if near or helps
-        else "not reproduced"
-    )
-    return Conclusion(table_of({TEXT: methods}), findings, verdict, remark)
 
 
-def _conclude_layers(rows):
-    tasks = by_task(rows)
-    gaps = {
-        (name, kind, rule): gap_of(methods, f"{rule}, a layer by {KINDS[kind]}", rule)
-        for name, methods in tasks.items()
-        for kind, rule in itertools.product(KINDS, RULES)
-        if f"{rule}, a layer by {KINDS[kind]}" in methods
-    }
-    headline = {k: v for k, v in gaps.items() if k[2] == "learned"}
-    wins = [k for k, v in headline.items() if v[0] < -2 * v[1]]
-    losses = [k for k, v in headline.items() if v[0] > 2 * v[1]]
-    written = lambda k: f"{TASKS[k[0]][0]} ({KINDS[k[1]]})"
-    to_best = {
-        (name, label): gap_of(methods, label, best_of(methods))
-        for name, methods in tasks.items()
-        for label in methods
-        if not label.startswith("flat")
-    }
-    fashion = tasks[FASHION]
-    dampings = {
-        kind: settled_at(fashion[f"learned, a layer by {text}"])
-        for kind, text in KINDS.items()
-    }
-    findings = {
-        "test loss, a damping per layer less one for all": [
-            f"{written(k)}, {k[2]}: {in_words(v)}" for k, v in gaps.items()
-        ],
-        "test loss, to the best flat damping": [
-            f"{TASKS[n][0]}, {label}: {in_words(v)}"
-            for (n, label), v in to_best.items()
-        ],
-        "final dampings on Fashion-MNIST": [
-            f"{KINDS[kind]}: " + ", ".join(f"{n} {x:.2g}" for n, x in found.items())
-            for kind, found in dampings.items()
-        ]
-        + [f"one for all: {settled_at(fashion['learned']):.2g}"],
-    }
-    list_of = lambda keys: ", ".join(map(written, keys)) or "no task"
-    rows_gap = to_best[FASHION, f"learned, a layer by {KINDS['rows']}"]
-    remark = (
-        f"Eq. 15 for each layer against eq. 15 for all, by more than two standard "
-        f"errors of the test loss: lower on {list_of(wins)}; higher on "
-        f"{list_of(losses)}. What is taken for a layer's noise decides. On "
-        "Fashion-MNIST the diagonal blocks give "
-        + ", ".join(f"{x:.2g}" for x in dampings["block"].values())
-        + " from the first layer to the last, the layers' rows, which have the noise "
-        "between layers in them, "
-        + ", ".join(f"{x:.2g}" for x in dampings["rows"].values())
-        + f"; with the rows the test loss ends {in_words(rows_gap)} from the best of "
-        f"{len(flat_of(fashion))} flat dampings."
-    )
-    verdict = (
-        "reproduced"
-        if len(wins) == len(headline)
-        else "partly"
-        if wins
-        else "not reproduced"
-    )
-    return Conclusion(table_of(tasks), findings, verdict, remark)
+def _on_text(found):
+    labels = _tasks(found)[NAMES[TEXT]]
+    plain, ours = loss(labels[PLAIN]), loss(labels["learned"])
+    below = claims.less("learned is below Adam's (1e-8), nats", ours, plain)
+    return [_near(labels, share=0.01), below]
 
 
-COMMON = (
-    "Adam at rate 1e-3, eq. 12 with r = 0.01; the learner with auto_adam's defaults "
-    "(floor 1e-4, a refresh every 100 steps), no number of it touched."
+def _at_rates(found):
+    checks, label = [], "learned from 0.0001"
+    for task, of in _tasks(found).items():
+        text = f"{task}: {label} below plain Adam"
+        checks.append(_near(of, label, task=f"{task}: "))
+        checks.append(claims.less(text, loss(of[label]), loss(of[PLAIN])))
+    return checks
+
+
+def _from_floors(found):
+    tasks = itertools.product(_tasks(found).items(), FLOORS)
+    return [
+        _near(of, f"learned from {x:g}", task=f"{task}: ") for (task, of), x in tasks
+    ]
+
+
+def _by_layer(found):
+    checks = []
+    for task, labels in _tasks(found).items():
+        for label in (f"learned, a layer by {text}" for text in KINDS.values()):
+            if label in labels:
+                text = f"{task}: {label}, is below one for all, test loss"
+                ours, theirs = loss(labels[label]), loss(labels["learned"])
+                checks.append(claims.less(text, ours, theirs))
+    return checks
+
+
+def _paths(rows):
+    """Dampings along the run, layer by layer."""
+    found = by([r for r in rows if r["task"]["dataset"] == FASHION], label_of)
+    for text in KINDS.values():
+        of = found[f"learned, a layer by {text}"]
+        layers = {
+            name: [row | {"damping_curve": row["damping_curve"][name]} for row in of]
+            for name in of[0]["damping_curve"]
+        } | {"one for all": found["learned"]}
+        yield report.training(layers, "damping_curve", f"damping of a layer by {text}")
+
+
+GAPS, ENDS = ("linear", "to the best flat"), ("log", "final damping")
+_of = lambda name, runs, checks, pictures, more=lambda found: []: Experiment(
+    name, runs, _heads, _line, checks, pictures, more, _each
 )
-SIZED = {
-    "small": "Digits: MLP of two layers of 128, 1,280 images, 40 epochs. MNIST: "
-    "logistic regression, 2,000 images, 60 epochs. Fashion-MNIST: MLP of two layers of "
-    "256, 5,000 images, 30 epochs. CIFAR-100, five coarse classes: VGG-16 of an "
-    "eighth of the width, 2,560 images at 16 x 16 pixels, 30 epochs, 2,500 "
-    "test images. Batch 128. Tinyshakespeare: transformer of width 64, two blocks, 64 "
-    "characters, one pass in batches of 32, 500 test windows. 3 paired seeds.",
-    "full": "Whole data sets, 60 to 100 epochs, VGG-16 at full width, the transformer "
-    "at width 128 for 20 passes; 5 paired seeds.",
-}
-LEFT_OPEN = {"said": "left open"}
-
-
-def _protocol(criterion):
-    return {scale: f"{COMMON} {text} {criterion}" for scale, text in SIZED.items()}
-
-
+CURVES = ("test_loss", "damping_curve")
 EXPERIMENTS = [
-    Experiment(
-        name="beyond_tasks",
-        claim="Without tuning, the learned damping ends near the best flat one on any "
-        "task: within 5 % of its test loss",
-        paper=LEFT_OPEN,
-        protocol=_protocol(
-            "The best flat damping has the least mean final test loss, chosen in "
-            "hindsight; near means a mean paired difference of at most 5 % of it. "
-            "Reproduced: near on all tasks; partly: on more than half."
-        ),
-        runs=_task_runs,
-        conclude=_conclude_tasks,
-        draw=draw_tasks,
-    ),
-    Experiment(
-        name="beyond_text",
-        claim="With the learned damping a small transformer on text ends near the best "
-        "flat damping's test loss, and below plain Adam's",
-        paper=LEFT_OPEN,
-        protocol=_protocol(
-            "Near means within 1 % or one standard error of the best flat damping's "
-            "test loss. Reproduced: near it and below plain Adam (1e-8); partly: one "
-            "of the two."
-        ),
-        runs=functools.partial(compared, TEXT),
-        conclude=_conclude_text,
-        draw=draw_text,
-    ),
-    Experiment(
-        name="beyond_layers",
-        claim="A damping for each layer, learned from the layer's own noise, does "
-        "better than one for all",
-        paper=LEFT_OPEN,
-        protocol=_protocol(
-            "By its block: the noise of the layer's diagonal block of the Hessian; by "
-            "its rows: of its rows, with the noise between layers. Reproduced: under "
-            "eq. 15 the test loss is lower by more than two standard errors in every "
-            "comparison (task and kind); partly: in some."
-        ),
-        runs=_layer_runs,
-        conclude=_conclude_layers,
-        draw=draw_layers,
-    ),
+    _of("beyond_tasks", _task_runs, _on_tasks, [GAPS, ENDS], _more),
+    _of("beyond_text", lambda: compared(TEXT), _on_text, CURVES),
+    _of("beyond_layers", _layer_runs, _by_layer, [GAPS, _paths]),
+    _of("beyond_rates", _rate_runs, _at_rates, [("log", "test loss")]),
+    _of("beyond_kfac", _kfac_runs, _from_floors, [("log", "test loss")]),
 ]

@@ -1,27 +1,21 @@
 """Finished runs, one line each: what was asked for -> what came out.
 
-A run is a function and the JSON that it is called with, so its line can be found
-again: whoever asks for the same run, in this experiment or another, gets the line. A
-kill loses the run that was being made and nothing else; made again it gives the same
-numbers, because seeds are part of what is asked for.
+A run is a function and the JSON that it is called with: whoever asks for the same run,
+in this experiment or another, gets its line. A kill loses the run being made and no
+other; made again it gives the same numbers, for seeds are part of what is asked for.
 """
 
 import functools
+import itertools
 import json
 import pathlib
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-)
+import rich.progress
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 Row = dict[str, Any]  # a run's config and its result, side by side
 
 
@@ -35,6 +29,14 @@ class Run(NamedTuple):
     def key(self) -> str:
         """What identifies the run."""
         return json.dumps(self.config, sort_keys=True)
+
+
+def runs_of(function: Callable[..., Row], config: Row, **axes: Iterable) -> list[Run]:
+    """A run for every combination of the axes' values, the first axis slowest."""
+    values = itertools.product(*axes.values())
+    return [
+        Run(function, {**config, **dict(zip(axes, x, strict=True))}) for x in values
+    ]
 
 
 def rounded(values) -> list[float]:
@@ -81,39 +83,29 @@ def save(path: pathlib.Path, run: Run, result: Row) -> None:
         file.write(line.encode())
 
 
-def finished(runs: Iterable[Run], results: pathlib.Path = RESULTS) -> list[Row]:
+def finished(runs: Iterable[Run], results: pathlib.Path) -> list[Row]:
     """The rows of those runs that are there."""
     known = functools.cache(load)
-    rows = []
-    for run in runs:
-        result = known(path_of(run.function, results)).get(run.key)
-        if result is not None:
-            rows.append({**run.config, **result})
-    return rows
+    found = [(r, known(path_of(r.function, results)).get(r.key)) for r in runs]
+    return [{**run.config, **result} for run, result in found if result is not None]
 
 
 def perform(
-    name: str, runs: list[Run], folder: pathlib.Path, results: pathlib.Path = RESULTS
+    name: str, runs: list[Run], folder: pathlib.Path, results: pathlib.Path
 ) -> list[Row]:
     """Make every run that is not there yet, and return all rows in the order asked."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns) as progress:
-        task = progress.add_task(name, total=len(runs))
-        for run in runs:
-            path = path_of(run.function, results)
-            # Read anew each time: another process may be making runs too.
-            if run.key not in load(path):
-                result = run.function(folder, **run.config)
-                if shared := sorted(set(result) & set(run.config)):
-                    raise ValueError(
-                        f"{run.function.__name__} returns {', '.join(shared)}, which "
-                        "its config holds too: give the result another name"
-                    )
-                save(path, run, result)
-            progress.advance(task)
+    for run in rich.progress.track(runs, description=name):
+        path = path_of(run.function, results)
+        # Read anew each time: another process may be making runs too.
+        if run.key in load(path):
+            continue
+        start = time.perf_counter()
+        result = run.function(folder, **run.config)
+        result.setdefault("seconds", round(time.perf_counter() - start, 1))
+        if shared := sorted(set(result) & set(run.config)):
+            raise ValueError(
+                f"{run.function.__name__} returns {', '.join(shared)}, which its "
+                "config holds too: give the result another name"
+            )
+        save(path, run, result)
     return finished(runs, results)

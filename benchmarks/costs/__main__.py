@@ -1,0 +1,263 @@
+"""What the library costs: ratios measured side by side, in one run.
+
+    python -m benchmarks.costs SECTION... [--quick] [--fresh]
+
+Sections: steps, refreshes (of the damping); kfac; products, density (of Hessians).
+Rows go to benchmarks/results/costs.json as they are measured, under the device's name,
+and one that is there is not measured again unless --fresh; costs.md has them as tables.
+--quick is a rehearsal that writes nothing. Set OPENBLAS_NUM_THREADS=1 for kfac: threads
+that wait for a busy core make an eigendecomposition a hundred times slower.
+"""
+
+import argparse
+import functools
+import json
+import os
+import pathlib
+import statistics
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import rmtdamp
+import rmtdamp.flax
+from benchmarks.shared.report import cost_table
+from rmtdamp.demo._train import cross_entropy
+from rmtdamp.hessian import hessian_matvec, hvp, lanczos, moments, spectral_density
+
+from . import timing
+from .timing import compare, compiled, interleaved, on_cpu, problem, rotate
+
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
+QUICK = timing.Effort(least=0.005, budget=0.5, rounds=2, pairs=3, steps=3)
+EVERY, NEVER = 100, 1_000_000
+
+
+class Steps:
+    """So many jitted training steps on one batch; `by_hand` measures between them."""
+
+    def __init__(self, tx, loss_fn, params, batch, by_hand=None, loss_args=()):
+        tx = optax.with_extra_args_support(tx)
+        self.by_hand, self.batch = by_hand, batch
+        self.carry = params, tx.init(params)
+
+        @jax.jit
+        def step(params, state, batch):
+            grads = jax.grad(loss_fn)(params, batch)
+            extra = {"batch": batch, "loss_args": loss_args}
+            updates, state = tx.update(grads, state, params, **extra)
+            return optax.apply_updates(params, updates), state
+
+        self.step = step
+
+    def __call__(self, num):
+        for i in range(num):
+            params, state = self.carry
+            state = self.by_hand(i, state, params) if self.by_hand else state
+            self.carry = self.step(params, state, self.batch)
+        jax.block_until_ready(self.carry)
+
+    def counts(self):
+        """XLA's FLOPs and bytes of a step."""
+        found = self.step.lower(*self.carry, self.batch).compile().cost_analysis()
+        return found["flops"], found["bytes accessed"]
+
+
+def over(effort, what, baseline, other, num, pairs=25):
+    """So many steps of the one over those of the other."""
+    num = min(num, effort.steps)
+    calls = (functools.partial(steps, num) for steps in (baseline, other))
+    return interleaved(*calls, min(effort.pairs, pairs), what)
+
+
+def step_row(effort, what, kind, batch_size):
+    """Adam with shrinkage over optax.adam; with a learned damping over that."""
+    case, inner = problem(kind, batch_size), rmtdamp.adam_shrinkage(1e-3)
+    plain = Steps(inner, *case)
+    if what == "adam_shrinkage":
+        adam = Steps(optax.adam(1e-3), *case)
+        counts = zip(adam.counts(), plain.counts(), strict=True)
+        flops, memory = (b / a for a, b in counts)
+        found = over(effort, what, adam, plain, 20)
+        return found | {"flops_ratio": flops, "bytes_ratio": memory}
+    learner, every = rmtdamp.DampingLearner(case[0]), EVERYS[what]
+    refresh = lambda count, state, params: (
+        state if count else rmtdamp.refresh(state, learner, params, case[2])
+    )
+    by_hand = None if every else refresh
+    tx = rmtdamp.auto_damping(inner, learner, refresh_every=every)
+    learned = Steps(tx, *case, by_hand)
+    learned(1)
+    num, pairs = EVERY, 25 if every else 5
+    if every == NEVER:  # past the early refreshes of a period
+        num, (params, state) = 20, learned.carry
+        count = jnp.full((), NEVER + 1, jnp.int32)
+        learned.carry = params, optax.tree.set(state, count=count)
+    found = over(effort, what, plain, learned, num, pairs)
+    assert learned.step._cache_size() == 1, "the step compiled two programs"
+    return found
+
+
+def refresh_row(effort, how, kind, batch_size):
+    """A refresh over a gradient of the same batch, by how the microbatches run."""
+    loss_fn, params, batch = problem(kind, batch_size)
+    gradient, key = jax.jit(jax.grad(loss_fn)), jax.random.key(0)
+    options = {"execution": how, "stderr": False}
+    return interleaved(
+        lambda: jax.block_until_ready(gradient(params, batch)),
+        lambda: jax.block_until_ready(moments(loss_fn, params, batch, key, **options)),
+        effort.pairs,
+        f"refresh, {how}, {kind} {batch_size}",
+    )
+
+
+def kfac_row(effort, kind, batch_size):
+    """100 steps of KFAC over 100 of Adam; the CNN, on a CPU, measures by hand."""
+    case = loss_fn, params, batch = problem(kind, batch_size)
+    model = timing.model_of(kind)
+    loss_args = nnx.as_pure(rmtdamp.flax.loss_args(model))
+    factors_fn = rmtdamp.flax.nnx_factors(model, cross_entropy)
+    measurer = rmtdamp.KroneckerMeasurer(factors_fn)
+    every = None if kind == "cnn" else 10
+    tx = rmtdamp.kfac(1e-6, measurer, damping=1e-3, refresh_every=every)
+
+    def refresh(count, state, params):
+        if count % 10:
+            return state
+        return rmtdamp.refresh(state, measurer, params, batch, loss_args=loss_args)
+
+    ours = Steps(tx, loss_fn, params, batch, None if every else refresh, loss_args)
+    # The rate is small, for gradients of fitted labels vanish.
+    adam = Steps(optax.adam(1e-6), *case)
+    return over(effort, f"KFAC, {kind} {batch_size}", adam, ours, EVERY, 5)
+
+
+def product_row(effort, kind, batch_size, dtype):
+    """Both products and the gradient: time, FLOPs, memory, use of the machine."""
+    loss_fn, params, batch = problem(kind, batch_size, dtype)
+    matvec = hessian_matvec(loss_fn, params, batch)
+    vector = jax.tree.map(jnp.ones_like, params)
+    programs = {
+        "gradient": compiled(jax.grad(loss_fn), params, batch),
+        "hvp": compiled(functools.partial(hvp, loss_fn), params, batch, vector),
+        "matvec": compiled(lambda m, v: m(v), matvec, vector),
+    }
+    n = 1536 if on_cpu() else 8192  # a matrix product: what the machine can do
+    multiply, square = jax.jit(jnp.matmul), (jnp.ones((n, n), dtype),) * 2
+    calls = {name: program[0] for name, program in programs.items()}
+    calls["peak"] = lambda: multiply(*square)
+    calls["steps"] = lambda: lanczos(matvec, vector, 5, reorthogonalization="none")
+    times = timing.timed(calls, effort, f"{kind} {dtype} {batch_size}")
+    peak, steps = 2 * n**3 / times.pop("peak"), times.pop("steps") / 5
+    row = {"lanczos_step": compare(times["matvec"], steps)}  # over its product
+    _, flops, memory = programs["gradient"]
+    for name, (_, count, temp) in programs.items():
+        found = compare(times["gradient"], times[name])
+        row[name] = found | {
+            "seconds": statistics.median(times[name]),
+            "flops_ratio": count / flops,
+            "over_flops": found["ratio"] / (count / flops),
+            "of_peak": statistics.median(count / times[name] / peak),
+            "temp_ratio": temp / memory,
+        }
+    return row
+
+
+def matfree_density(matvec, steps, probes, *args):
+    """matfree's Lanczos in one program per density: key -> (nodes, weights)."""
+    from matfree import decomp, stochtrace
+
+    tridiagonal = decomp.tridiag_sym(steps, reortho="none")
+
+    def density(key, like, *args):
+        def quadrature(vector):
+            found = tridiagonal(matvec, vector, *args)
+            nodes, vectors = jnp.linalg.eigh(found.J_small)
+            return nodes, vectors[0] ** 2
+
+        vectors = stochtrace.sampler_normal(like, num=probes)(key)
+        return jax.lax.map(quadrature, vectors)
+
+    return jax.jit(density).lower(jax.random.key(0), *args).compile()
+
+
+def density_row(effort, kind, batch_size, probes, steps):
+    """A density from the loss to nodes and weights, ours and matfree's."""
+    loss_fn, params, batch = problem(kind, batch_size)
+    key, sizes = jax.random.key(0), {"num_steps": steps, "num_probes": probes}
+    linearise = lambda: hessian_matvec(loss_fn, params, batch)
+    gradient = lambda p, batch: jax.grad(loss_fn)(p, batch)
+    product = lambda v, p, batch: jax.jvp(lambda p: gradient(p, batch), (p,), (v,))[1]
+    given = lambda v, matvec, _: matvec(v)
+    plain = matfree_density(product, steps, probes, params, params, batch)
+    reuse = matfree_density(given, steps, probes, params, linearise(), None)
+    calls = {
+        "rmtdamp": lambda: spectral_density(linearise(), params, key, **sizes)[:2],
+        "matfree, jvp(grad)": lambda: plain(key, params, params, batch),
+        "matfree, our matvec": lambda: reuse(key, params, linearise(), None),
+    }
+    waiting = lambda call: lambda: float(jax.block_until_ready(call())[0].max())
+    calls = {name: waiting(call) for name, call in calls.items()}
+    calls["rmtdamp"]()
+    times = rotate(calls, effort.rounds, f"density, {kind} {batch_size}")
+    return {
+        name: compare(times["rmtdamp"], taken) | {"seconds": statistics.median(taken)}
+        for name, taken in times.items()
+    }
+
+
+WITHOUT = "auto_damping without a refresh"
+EVERYS = {"auto_damping": EVERY, WITHOUT: NEVER, "auto_damping by hand": None}
+STEPS = [(w, "mlp", n) for n in (256, 1024) for w in ("adam_shrinkage", *EVERYS)]
+HOW = ("eager", "scan", "vmap")
+REFRESHED = [(how, "mlp", n) for n in (256, 1024) for how in HOW]
+# Two decades of batch sizes; on a CPU the largest takes a second or so.
+SIZES = {"mlp": (16, 160, 1600), "cnn": (2, 20, 200), "transformer": (1, 10, 100)}
+DTYPES = ("float32", "bfloat16")
+PRODUCTS = [(k, n, dtype) for k, of in SIZES.items() for dtype in DTYPES for n in of]
+DENSITIES = (("mlp", 1024, 4, 80), ("cnn", 16, 1, 10))  # batch size, probes, steps
+SECTIONS = {
+    "steps": (step_row, [*STEPS, ("auto_damping by hand", "cnn", 128)]),
+    "refreshes": (refresh_row, [*REFRESHED, ("eager", "cnn", 128)]),
+    "kfac": (kfac_row, [("mlp", 256), ("mlp", 4096), ("cnn", 128)]),
+    "products": (product_row, PRODUCTS),
+    "density": (density_row, DENSITIES),
+}
+
+
+def main():
+    """Measure what is missing, and print the tables."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("sections", nargs="+", choices=SECTIONS, metavar="SECTION")
+    parser.add_argument("--quick", action="store_true", help="a rehearsal")
+    parser.add_argument("--fresh", action="store_true", help="measure rows again")
+    args = parser.parse_args()
+    jax.config.update("jax_default_matmul_precision", "highest")
+    effort = QUICK if args.quick else timing.Effort()
+    path, cores = RESULTS / "costs.json", len(os.sched_getaffinity(0))
+    found = json.loads(path.read_text()) if path.exists() and not args.quick else {}
+    device = f"{cores} CPU cores" if on_cpu() else jax.devices()[0].device_kind
+    for section in args.sections:
+        measure, cases = SECTIONS[section]
+        done = found.setdefault(device, {}).setdefault(section, {})
+        for case in cases:
+            name = ", ".join(map(str, case))
+            if name not in done or args.fresh:
+                done[name] = {"jax": jax.__version__, **measure(effort, *case)}
+                if not args.quick:
+                    path.write_text(json.dumps(found, indent=1) + "\n")
+    text = "\n".join(
+        f"**{section}, {device}**\n\n{cost_table(of)}\n"
+        for device, sections in found.items()
+        for section, of in sections.items()
+    )
+    if not args.quick:
+        (RESULTS / "costs.md").write_text(text)
+    print(f"\n{text}")
+
+
+if __name__ == "__main__":
+    main()
