@@ -100,7 +100,7 @@ def nnx_factors(
     Example:
         >>> import jax.numpy as jnp, optax
         >>> import jax
-    from flax import nnx
+        >>> from flax import nnx
         >>> import rmtdamp, rmtdamp.flax
         >>> from rmtdamp.kronecker import block_table
         >>> def cross_entropy(logits, labels):

@@ -345,10 +345,10 @@ def check_state(opt_state: optax.OptState) -> None:
         >>> tx = rmtdamp.auto_adam(1e-2, lambda w, x: jnp.sum((x @ w) ** 2))
         >>> params, batch = jnp.ones(4), jnp.eye(4)
         >>> _, state = tx.update(params, tx.init(params), params, batch=batch)
-        >>> with warnings.catch_warnings(record=True) as caught:
+        >>> with warnings.catch_warnings(record=True, action="always") as caught:
         ...     rmtdamp.check_state(state)
         >>> print(str(caught[0].message)[:50])
-        rmtdamp: the loss of a batch is not the mean of th
+        rmtdamp: the loss of a batch is not the mean of it
     """
     knows = lambda node: hasattr(node, "problems")
     for node in jax.tree.leaves(opt_state, is_leaf=knows):
