@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from rmtdamp._types import Params
-from rmtdamp.hessian import Spectrum, SplitHalfPairs
+from rmtdamp.hessian import SpectralDensity, SplitHalfPairs
 
 
 class Outliers(NamedTuple):
@@ -112,7 +112,7 @@ def outliers(measured: SplitHalfPairs) -> Outliers:
     )
 
 
-def spiked_law(eigenvalues, noise: Spectrum) -> tuple[jax.Array, jax.Array]:
+def spiked_law(eigenvalues, noise: SpectralDensity) -> tuple[jax.Array, jax.Array]:
     r"""(nu, overlap^2) of eigenvalues seen outside a noise of any symmetric law.
 
     Holds as P grows for noise without preferred directions around a true Hessian of low
@@ -136,9 +136,11 @@ def spiked_law(eigenvalues, noise: Spectrum) -> tuple[jax.Array, jax.Array]:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from rmtdamp.hessian import Spectrum
+        >>> from rmtdamp.hessian import SpectralDensity
         >>> from rmtdamp.outliers import spiked_law
-        >>> two_points = Spectrum(jnp.array([[-1.0, 1.0]]), jnp.array([[0.5, 0.5]]), 9)
+        >>> two_points = SpectralDensity(
+        ...     jnp.array([[-1.0, 1.0]]), jnp.array([[0.5, 0.5]]), 9
+        ... )
         >>> nu, overlap = spiked_law(jnp.array([2.0]), two_points)
         >>> print(nu, overlap)
         [1.5] [0.8]

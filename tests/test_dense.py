@@ -7,7 +7,7 @@ import pytest
 from problems import dense_hessian, mlp, mlp_batch, mlp_loss
 
 from rmtdamp.hessian import (
-    Spectrum,
+    SpectralDensity,
     dataset_matvec,
     dense_matvec,
     dense_moments,
@@ -135,7 +135,7 @@ def test_two_microbatches_have_no_jackknife():
 
 
 def test_a_spectrum_of_known_eigenvalues():
-    found = Spectrum.from_eigenvalues(np.array([1.0, 2.0, 6.0]))
+    found = SpectralDensity.from_eigenvalues(np.array([1.0, 2.0, 6.0]))
     assert found.nodes.shape == found.weights.shape == (1, 3)
     assert found.num_parameters == 3
     value, stderr = found.moment(2)

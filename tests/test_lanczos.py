@@ -7,7 +7,7 @@ import pytest
 from problems import dense_hessian, mlp, mlp_batch, mlp_loss
 
 from rmtdamp.hessian import (
-    Spectrum,
+    SpectralDensity,
     check_symmetric,
     eigsh,
     hessian_matvec,
@@ -255,7 +255,7 @@ def test_density_moments_match_dense_moments():
     found = {order: [] for order in (1, 2, 3)}
     for seed in range(60):
         nodes, weights = compiled(matvec, jax.random.key(seed))
-        spectrum = Spectrum(nodes, weights, P)
+        spectrum = SpectralDensity(nodes, weights, P)
         assert spectrum.nodes.shape == spectrum.weights.shape == (8, 10)
         np.testing.assert_allclose(spectrum.weights.sum(1), 1, rtol=1e-10)
         np.testing.assert_allclose(spectrum.moment(0)[0], 1, rtol=1e-10)

@@ -9,7 +9,7 @@ from scipy.stats import binom
 
 from rmtdamp import rmt
 from rmtdamp.hessian import (
-    Spectrum,
+    SpectralDensity,
     SplitHalfPairs,
     dataset_matvec,
     eigsh,
@@ -241,7 +241,7 @@ def test_law_is_theorem_1_for_the_semicircle():
     n, s = 60, 0.7
     angles = np.pi * np.arange(1, n + 1) / (n + 1)
     nodes, weights = 2 * s * np.cos(angles), 2 / (n + 1) * np.sin(angles) ** 2
-    noise = Spectrum(jnp.asarray(nodes)[None], jnp.asarray(weights)[None], 1000)
+    noise = SpectralDensity(jnp.asarray(nodes)[None], jnp.asarray(weights)[None], 1000)
     seen = jnp.array([1.6, -2.0, 5.0])
     true, overlap = spiked_law(seen, noise)
     np.testing.assert_allclose(true, rmt.true_eigenvalue(seen, s**2), rtol=1e-8)

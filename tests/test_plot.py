@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from rmtdamp import plot, rmt
-from rmtdamp.hessian import EigenPairs, Spectrum
+from rmtdamp.hessian import EigenPairs, SpectralDensity
 from rmtdamp.outliers import Outliers
 from rmtdamp.plot._axis import Smoothed
 
@@ -25,7 +25,7 @@ def semicircle(num_nodes=60):
     """Gauss quadrature of the semicircle: Chebyshev's of the second kind, s = 1/2."""
     angles = np.pi * np.arange(1, num_nodes + 1) / (num_nodes + 1)
     weights = 2 * np.sin(angles) ** 2 / (num_nodes + 1)
-    return Spectrum(jnp.cos(angles)[None], jnp.array(weights)[None], P)
+    return SpectralDensity(jnp.cos(angles)[None], jnp.array(weights)[None], P)
 
 
 def with_spikes(values):
@@ -34,7 +34,7 @@ def with_spikes(values):
     weights = bulk.weights * (1 - len(values) / P)
     spikes = jnp.full((1, len(values)), 1 / P)
     nodes = jnp.concatenate([bulk.nodes, jnp.array([values])], axis=1)
-    return Spectrum(nodes, jnp.concatenate([weights, spikes], axis=1), P)
+    return SpectralDensity(nodes, jnp.concatenate([weights, spikes], axis=1), P)
 
 
 def vectors(key, count):
@@ -96,7 +96,7 @@ def test_density_picture_shows_edges_outliers_and_semicircle():
     values = [30.0, -8.0, 2.0, 0.5]
     noise = semicircle()
     noise = noise._replace(nodes=noise.nodes.at[0, 0].set(-1.5))
-    ax = plot.spectral_density(
+    ax = plot.density(
         with_spikes(values), outliers=found(values), noise=noise, variance=VARIANCE
     )
     assert isinstance(ax.figure, Figure)
@@ -119,7 +119,7 @@ def test_density_picture_shows_edges_outliers_and_semicircle():
 
 
 def test_density_picture_needs_nothing_but_a_spectrum(tmp_path):
-    ax = plot.spectral_density(semicircle())
+    ax = plot.density(semicircle())
     assert [x.get_label() for x in ax.lines] == ["spectral density"]
     ax.figure.savefig(tmp_path / "density.png")
     assert (tmp_path / "density.png").read_bytes().startswith(b"\x89PNG")
@@ -128,7 +128,7 @@ def test_density_picture_needs_nothing_but_a_spectrum(tmp_path):
 def test_what_is_given_wins():
     ax = Figure().subplots()
     spectrum = with_spikes([30.0])
-    same = plot.spectral_density(
+    same = plot.density(
         spectrum,
         outliers=found([30.0]),
         noise=semicircle(),
@@ -138,16 +138,16 @@ def test_what_is_given_wins():
     )
     assert same is ax
     line(ax, "semicircle, edges ±2")
-    line(plot.spectral_density(spectrum, noise=semicircle()), "semicircle, edges ±1")
+    line(plot.density(spectrum, noise=semicircle()), "semicircle, edges ±1")
     assert ax.xaxis.get_transform().linear_width == 3.0
-    zero = plot.spectral_density(spectrum, variance=0.0)
+    zero = plot.density(spectrum, variance=0.0)
     assert [x.get_label() for x in zero.lines] == ["spectral density"]
 
 
 def test_a_multiple_of_the_unit_matrix_can_be_drawn():
     for value in (0.0, -3.0):
-        unit = Spectrum(jnp.full((2, 4), value), jnp.full((2, 4), 0.25), 7)
-        ax = plot.spectral_density(unit)
+        unit = SpectralDensity(jnp.full((2, 4), value), jnp.full((2, 4), 0.25), 7)
+        ax = plot.density(unit)
         assert ax.get_xlim()[0] < value < ax.get_xlim()[1]
         x, y = line(ax, "spectral density")
         assert abs(x[np.argmax(y)] - value) < 0.1
@@ -222,7 +222,7 @@ def test_two_noisy_batches_overlap_by_the_product():
 
 def test_layer_ridges_stand_in_order_on_one_axis(tmp_path):
     spectra = {"one": with_spikes([9.0]), "two": semicircle(), "three": semicircle()}
-    ax = plot.layer_spectra(spectra)
+    ax = plot.layer_densities(spectra)
     names = [t.get_text() for t in ax.get_yticklabels()]
     assert names == ["three\nP = 1,000", "two\nP = 1,000", "one\nP = 1,000"]
     ridges = [np.asarray(x.get_ydata()) for x in ax.lines]
@@ -245,12 +245,12 @@ def test_no_pyplot_no_state():
 def test_bad_input():
     spectrum = semicircle()
     with pytest.raises(ValueError, match=r"linear_width is 0.0, and must be above 0"):
-        plot.spectral_density(spectrum, linear_width=0.0)
+        plot.density(spectrum, linear_width=0.0)
     broken = spectrum._replace(nodes=spectrum.nodes * jnp.nan)
     with pytest.raises(ValueError, match=r"nodes that are not finite: nothing can be"):
-        plot.spectral_density(broken)
+        plot.density(broken)
     with pytest.raises(ValueError, match=r"spectra is empty: hand over at least one"):
-        plot.layer_spectra({})
+        plot.layer_densities({})
     pairs = EigenPairs(jnp.ones(2), vectors(jax.random.key(0), 2), jnp.zeros(2), 0)
     with pytest.raises(
         TypeError, match=r"first is of type EigenPairs, .* swap the two"

@@ -46,7 +46,7 @@ from ._moments import HessianMoments as HessianMoments, moments as moments
 from ._power import Eigenvalue as Eigenvalue, largest_eigenvalue as largest_eigenvalue
 from ._products import hessian_matvec as hessian_matvec, hvp as hvp
 from ._spectrum import (
-    Spectrum as Spectrum,
+    SpectralDensity as SpectralDensity,
     noise_matvec as noise_matvec,
     spectral_density as spectral_density,
 )

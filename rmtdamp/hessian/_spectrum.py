@@ -23,7 +23,7 @@ from ._apply import sum_matvec
 from ._lanczos import Reorthogonalization, check_options, iterate, ritz
 
 
-class Spectrum(NamedTuple):
+class SpectralDensity(NamedTuple):
     """Weighted points that stand for the spectrum, a row per probe."""
 
     nodes: jax.Array  # (num_probes, num_steps), in the unit of an eigenvalue
@@ -32,7 +32,7 @@ class Spectrum(NamedTuple):
     exact: bool = False  # the nodes are the eigenvalues
 
     @classmethod
-    def from_eigenvalues(cls, eigenvalues: jax.Array) -> "Spectrum":
+    def from_eigenvalues(cls, eigenvalues: jax.Array) -> "SpectralDensity":
         """The spectrum of P known eigenvalues, one row of them; P^-1 is each weight."""
         nodes = np.asarray(eigenvalues)[None]
         p = nodes.shape[1]
@@ -83,12 +83,12 @@ def spectral_density(
     num_steps: int = 80,
     num_probes: int = 4,
     reorthogonalization: Reorthogonalization = "none",
-) -> Spectrum:
+) -> SpectralDensity:
     r"""The spectrum of a symmetric matrix as weighted points.
 
     For any function f, P^-1 Tr f(A) ~ mean over probes of sum_j w_j f(theta_j); for a
     polynomial f of degree below 2 `num_steps` the only error is that of the probes,
-    whose standard error `Spectrum.moment` gives for powers.
+    whose standard error `SpectralDensity.moment` gives for powers.
 
     Without reorthogonalization no basis is stored and copies of converged eigenvalues
     appear; they share the weight of the original, and the density is none the worse.
@@ -106,7 +106,7 @@ def spectral_density(
         reorthogonalization: as in `lanczos`.
 
     Returns:
-        `Spectrum(nodes, weights, num_parameters)`.
+        `SpectralDensity(nodes, weights, num_parameters)`.
 
     Raises:
         TypeError: `like` holds anything but real floating arrays.
@@ -144,7 +144,7 @@ def spectral_density(
     else:
         rows = [probe(k) for k in keys]
         nodes, weights = (jnp.stack(x) for x in zip(*rows, strict=True))
-    return Spectrum(nodes, weights, size(like))
+    return SpectralDensity(nodes, weights, size(like))
 
 
 def noise_matvec(first: Matvec, second: Matvec, *, factor: float = 0.5) -> Matvec:

@@ -1,12 +1,12 @@
 """Pictures of spectra. Every function draws on one `Axes` and returns it.
 
-    Spectrum, Outliers, EigenPairs  ->  Axes
+    SpectralDensity, Outliers, EigenPairs  ->  Axes
 
 | | |
 |---|---|
-| `spectral_density` | density, reach of the measured noise, outliers, semicircle |
+| `density` | density, reach of the measured noise, outliers, semicircle |
 | `eigenvector_overlap` | overlaps of eigenvectors: measured, estimated, Theorem 1 |
-| `layer_spectra` | densities of several blocks, one above the other |
+| `layer_densities` | densities of several blocks, one above the other |
 | `squared_overlaps` | the numbers behind the overlaps |
 
 The axis of eigenvalues is linear around zero and logarithmic beyond, so that a narrow
@@ -16,8 +16,8 @@ of its own is made, outside pyplot: there is no window and no global state, and
 """
 
 from ._density import (
-    layer_spectra as layer_spectra,
-    spectral_density as spectral_density,
+    density as density,
+    layer_densities as layer_densities,
 )
 from ._overlap import (
     eigenvector_overlap as eigenvector_overlap,

@@ -1,4 +1,4 @@
-"""Spectrum -> a smooth curve on an axis that shows bulk and outliers at once.
+"""SpectralDensity -> a smooth curve on an axis that shows bulk and outliers at once.
 
 The axis is arsinh(lambda / w): linear within w of zero, logarithmic beyond. Smoothing
 is done in that coordinate; what comes out is the density of lambda itself.
@@ -6,7 +6,7 @@ is done in that coordinate; what comes out is the density of lambda itself.
 
 import numpy as np
 
-from rmtdamp.hessian import Spectrum
+from rmtdamp.hessian import SpectralDensity
 
 try:
     from matplotlib.axes import Axes
@@ -29,7 +29,9 @@ def own_axes(ax: Axes | None, size=(8.0, 4.5)) -> Axes:
 class Smoothed:
     """A spectrum on a grid of the arsinh axis."""
 
-    def __init__(self, spectrum: Spectrum, linear_width: float, reach: np.ndarray):
+    def __init__(
+        self, spectrum: SpectralDensity, linear_width: float, reach: np.ndarray
+    ):
         lower, upper = np.arcsinh(reach / linear_width)
         margin = 0.04 * (upper - lower)
         u = np.linspace(lower - margin, upper + margin, 1201)
@@ -50,7 +52,7 @@ class Smoothed:
         self.one = float(1 / (p * narrow * (2 * np.pi) ** 0.5 * np.max(slope)))
 
 
-def _rows(spectrum: Spectrum):
+def _rows(spectrum: SpectralDensity):
     """Nodes and weights of each probe, in the order of the nodes, and P."""
     for nodes, weights in zip(
         np.asarray(spectrum.nodes, np.float64),
@@ -78,7 +80,7 @@ def _density(u, nodes, weights, narrow, p):
     return peaks @ weights / weights.sum()
 
 
-def check_reach(*spectra: Spectrum, and_also=()) -> np.ndarray:
+def check_reach(*spectra: SpectralDensity, and_also=()) -> np.ndarray:
     """Smallest and largest node with any weight."""
     seen = [np.asarray(s.nodes)[np.asarray(s.weights) > 0] for s in spectra]
     every = np.concatenate([*seen, np.ravel(np.asarray(and_also))])
@@ -94,7 +96,7 @@ def check_reach(*spectra: Spectrum, and_also=()) -> np.ndarray:
     return np.array([lower, upper])
 
 
-def choose_width(spectrum: Spectrum, given: float | None, variance) -> float:
+def choose_width(spectrum: SpectralDensity, given: float | None, variance) -> float:
     """Where the axis turns from linear to logarithmic."""
     if given is not None:
         if not given > 0:

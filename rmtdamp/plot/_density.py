@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from rmtdamp import rmt
-from rmtdamp.hessian import Spectrum
+from rmtdamp.hessian import SpectralDensity
 from rmtdamp.outliers import Outliers
 
 from ._axis import (
@@ -24,11 +24,11 @@ from ._axis import (
 )
 
 
-def spectral_density(
-    spectrum: Spectrum,
+def density(
+    spectrum: SpectralDensity,
     *,
     outliers: Outliers | None = None,
-    noise: Spectrum | None = None,
+    noise: SpectralDensity | None = None,
     variance: Any = None,
     linear_width: float | None = None,
     ax: Axes | None = None,
@@ -68,7 +68,7 @@ def spectral_density(
         >>> spectrum = spectral_density(
         ...     lambda v: diagonal * v, diagonal, jax.random.key(0)
         ... )
-        >>> ax = plot.spectral_density(spectrum, variance=0.3)
+        >>> ax = plot.density(spectrum, variance=0.3)
         >>> ax.get_yscale()
         'log'
 
@@ -139,8 +139,8 @@ def _mark_outliers(ax, smoothed, seen, width) -> None:
             )
 
 
-def layer_spectra(
-    spectra: Mapping[str, Spectrum],
+def layer_densities(
+    spectra: Mapping[str, SpectralDensity],
     *,
     linear_width: float | None = None,
     ax: Axes | None = None,
@@ -151,9 +151,9 @@ def layer_spectra(
     from the height of one eigenvalue on, in one scale for all.
 
     Args:
-        spectra: name -> `Spectrum`, drawn from the top, such as those that
+        spectra: name -> `SpectralDensity`, drawn from the top, such as those that
             `rmtdamp.spectrum.layer_spectra` makes.
-        linear_width: below which the axis is linear; default: as `spectral_density`'s
+        linear_width: below which the axis is linear; default: as `density`'s
             without a variance, the least of all blocks.
         ax: where to draw; default: a new figure.
 
@@ -167,12 +167,12 @@ def layer_spectra(
     Example:
         >>> import jax.numpy as jnp
         >>> from rmtdamp import plot
-        >>> from rmtdamp.hessian import Spectrum
+        >>> from rmtdamp.hessian import SpectralDensity
         >>> weights = jnp.array([[0.9, 0.1]])
-        >>> ax = plot.layer_spectra(
+        >>> ax = plot.layer_densities(
         ...     {
-        ...         "first": Spectrum(jnp.array([[0.0, 5.0]]), weights, 10),
-        ...         "last": Spectrum(jnp.array([[0.0, 9.0]]), weights, 10),
+        ...         "first": SpectralDensity(jnp.array([[0.0, 5.0]]), weights, 10),
+        ...         "last": SpectralDensity(jnp.array([[0.0, 9.0]]), weights, 10),
         ...     }
         ... )
         >>> [label.get_text() for label in ax.get_yticklabels()]

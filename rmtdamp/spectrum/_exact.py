@@ -17,7 +17,7 @@ from rmtdamp._tree import num_examples, size
 from rmtdamp._types import Batch, LossFn, Mode, Params
 from rmtdamp.hessian import (
     Estimate,
-    Spectrum,
+    SpectralDensity,
     compare_halves,
     dense_matvec,
     dense_moments,
@@ -80,17 +80,19 @@ def exact(
 
     watch.stage("eigenvalues of the whole Hessian")
     pairs = eigh(whole, params)
-    density = Spectrum.from_eigenvalues(pairs.eigenvalues)
+    density = SpectralDensity.from_eigenvalues(pairs.eigenvalues)
     batch_density = density
     if not batch_only:
-        batch_density = Spectrum.from_eigenvalues(eigh(batch, params).eigenvalues)
+        batch_density = SpectralDensity.from_eigenvalues(
+            eigh(batch, params).eigenvalues
+        )
     layers = {}
     for name, chosen in blocks.items():
         _, part = restrict(dense_matvec(whole, params), params, chosen)
         held = jax.tree.map(lambda x, v: np.full(x.size, v is not None), params, part)
         inside = np.flatnonzero(np.concatenate(jax.tree.leaves(held)))
         block = eigh(whole[np.ix_(inside, inside)], part)
-        layers[name] = Spectrum.from_eigenvalues(block.eigenvalues)
+        layers[name] = SpectralDensity.from_eigenvalues(block.eigenvalues)
     watch.stage("outliers of the first batch")
     wide = min(k + SPARE, p // 4)
     judged = (
@@ -106,7 +108,7 @@ def exact(
         "density": density,
         "moments": dense_moments(parts, microbatch_size=count // n, batch_size=count),
         "outliers": found,
-        "noise_density": Spectrum.from_eigenvalues(noise.eigenvalues),
+        "noise_density": SpectralDensity.from_eigenvalues(noise.eigenvalues),
         "batch_density": batch_density,
         "layers": layers,
     }

@@ -20,7 +20,7 @@ from rmtdamp.hessian import (
     EigenPairs,
     Estimate,
     HessianMoments,
-    Spectrum,
+    SpectralDensity,
     dataset_matvec,
     eigsh,
     halves,
@@ -63,12 +63,12 @@ class Report(NamedTuple):
     largest: EigenPairs  # one: its largest eigenvalue
     smallest: EigenPairs  # one: its smallest, negative at most places
     leading: EigenPairs  # k + 2 of largest magnitude
-    density: Spectrum  # of the data set's Hessian
+    density: SpectralDensity  # of the data set's Hessian
     moments: HessianMoments  # from the first batch, variance for batches of B
     outliers: Outliers  # of the first batch, k or P / 4 of them
-    noise_density: Spectrum  # of the noise of the first batch's Hessian
-    batch_density: Spectrum  # of the first batch's Hessian
-    layers: dict[str, Spectrum]  # of diagonal blocks of the data set's Hessian
+    noise_density: SpectralDensity  # of the noise of the first batch's Hessian
+    batch_density: SpectralDensity  # of the first batch's Hessian
+    layers: dict[str, SpectralDensity]  # of diagonal blocks of the data set's Hessian
     notes: list[str]  # what a reader must know to read the rest
 
 
@@ -100,7 +100,7 @@ def layer_spectra(
     select: Sequence[str] | None = None,
     num_steps: int = 80,
     num_probes: int = 4,
-) -> dict[str, Spectrum]:
+) -> dict[str, SpectralDensity]:
     """The spectra of a Hessian's diagonal blocks, layer by layer. Eager.
 
     Cost: num_probes * num_steps products with the whole matrix for each block.
@@ -116,7 +116,8 @@ def layer_spectra(
         num_probes: independent probes.
 
     Returns:
-        A dict from path or expression to `Spectrum`, for `rmtdamp.plot.layer_spectra`.
+        A dict from path or expression to `SpectralDensity`, for
+        `rmtdamp.plot.layer_densities`.
 
     Raises:
         TypeError: params that are not real floats.

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from rmtdamp import damping, plot, rmt, stability
 from rmtdamp.damping import identity_target
-from rmtdamp.hessian import Spectrum
+from rmtdamp.hessian import SpectralDensity
 
 from ._measure import Report
 
@@ -35,7 +35,7 @@ def _numbers(x: Any) -> list:
     return [_number(v) for v in np.asarray(x)]
 
 
-def _quadrature(spectrum: Spectrum) -> dict[str, Any]:
+def _quadrature(spectrum: SpectralDensity) -> dict[str, Any]:
     return {
         "num_parameters": spectrum.num_parameters,
         "nodes": [_numbers(row) for row in spectrum.nodes],
@@ -298,7 +298,7 @@ def picture(report: Report, name: str) -> Figure:
     figure = Figure(figsize=(9, 0.5 + sum(heights)), layout="constrained")
     panels = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)
     panels = iter(panels[:, 0])
-    ax = plot.spectral_density(
+    ax = plot.density(
         report.batch_density,
         outliers=report.outliers,
         noise=report.noise_density,
@@ -308,7 +308,7 @@ def picture(report: Report, name: str) -> Figure:
     title = f"Hessian of batch 0, {report.batch_size:,} examples: {name}"
     ax.set_title(title, fontsize=10)
     if not report.batch_only:
-        ax = plot.spectral_density(report.density, ax=next(panels))
+        ax = plot.density(report.density, ax=next(panels))
         title = f"Hessian of the data set, {report.num_examples:,} examples: {name}"
         ax.set_title(title, fontsize=10)
         ax = plot.eigenvector_overlap(
@@ -320,6 +320,6 @@ def picture(report: Report, name: str) -> Figure:
         ax.set_title("eigenvectors of batch 0 and of the data set", fontsize=10)
     if report.layers:
         where = "batch 0" if report.batch_only else "the data set"
-        ax = plot.layer_spectra(report.layers, ax=next(panels))
+        ax = plot.layer_densities(report.layers, ax=next(panels))
         ax.set_title(f"blocks of the Hessian of {where}", fontsize=10)
     return figure

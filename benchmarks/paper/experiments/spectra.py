@@ -16,7 +16,7 @@ from benchmarks.shared.optimizers import Method
 from benchmarks.shared.runs import Row, Run, rounded, runs_of
 from rmtdamp import hessian, rmt
 from rmtdamp.outliers import spiked_law
-from rmtdamp.plot import spectral_density as plot_density
+from rmtdamp.plot import density as plot_density
 
 from . import vgg
 
@@ -259,7 +259,7 @@ def _densities(rows):
     def panel(name):
         row = next(r for r in rows if r["optimizer"] == name and r["seed"] == 0)
         arrays = jnp.array([row["nodes"]]), jnp.array([row["weights"]])
-        spectrum = hessian.Spectrum(*arrays, row["num_parameters"])
+        spectrum = hessian.SpectralDensity(*arrays, row["num_parameters"])
         title = NAMES[name]
         return lambda axes, order: plot_density(spectrum, ax=axes).set_title(title)
 
