@@ -8,13 +8,16 @@ way (`with_damping`); its arithmetic and its state stay optax's, to the last bit
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
-Form = Literal["damping", "shrinkage"]
+from rmtdamp._checks import check_choice
+from rmtdamp._tree import norm, size
+
+Form = Literal["damping", "shrinkage", "length", "avagrad"]
 
 
 def _cast_like(tree, like):
@@ -106,6 +109,17 @@ def with_damping(
     return damped_factory
 
 
+def _mean(tree) -> jax.Array:
+    leaves = jax.tree.leaves(tree)
+    return sum(map(jnp.sum, leaves), jnp.zeros(())) / max(size(tree), 1)
+
+
+def _quotient(x, y) -> jax.Array:
+    """X / y, and 1 where y is not above 0, as for a gradient of zero."""
+    positive = y > 0
+    return jnp.where(positive, x / jnp.where(positive, y, 1), 1)
+
+
 def scale_by_adam_shrinkage(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
@@ -124,11 +138,17 @@ def scale_by_adam_shrinkage(
 
         form="damping":    u = m / (sqrt(v) + delta)
         form="shrinkage":  u = m / (beta sqrt(v) + (1 - beta) tau) = (1 + delta/tau)
-                               * m / (sqrt(v) + delta),   beta = 1 / (1 + delta/tau).
+                               * m / (sqrt(v) + delta),   beta = 1 / (1 + delta/tau)
+        form="length":     u = c m / (sqrt(v) + delta),   ||u|| = ||m / sqrt(v)||
+        form="avagrad":    u = eta m / rms(eta),   eta = 1 / (sqrt(v) + delta).
 
     The shrinkage form keeps the step's size as the damping grows: it tends to m / tau,
     momentum SGD, where the damping form tends to m / delta. (The authors' experiments
     multiply the learning rate by 1 + delta, which is the shrinkage form at tau = 1.)
+    A damping changes a step's length and its direction. With "length" it changes the
+    direction alone: the step is as long as undamped Adam's, over all parameters.
+    "avagrad" makes the mean square of the factors eta one, whatever the gradient: its
+    learning rates are those of momentum SGD.
 
     The damping is that of the owner around it (`auto_damping`, `set_damping`), and the
     argument's where there is none. At damping 1e-8 the damping form is `optax.adam`, to
@@ -145,11 +165,12 @@ def scale_by_adam_shrinkage(
         eps_root: added to v inside the root.
         mu_dtype: dtype of the first moment; default: that of the params.
         nesterov: Nesterov momentum.
-        form: "damping" or "shrinkage".
+        form: "damping", "shrinkage", "length" or "avagrad".
         target: tau, for use without an owner, in the unit of a gradient.
 
     Returns:
-        A transformation whose `update` takes `damping` and `damping_target`, scalars.
+        A transformation whose `update` takes `damping` and `damping_target`, scalars,
+        and `relative_damping`, in units of the mean of sqrt(v) one step before.
         Updates have the gradients' dtype; the division is done in float32 or wider
         when an owner hands the damping in.
 
@@ -167,29 +188,55 @@ def scale_by_adam_shrinkage(
 
     References:
         Kingma and Ba, Adam, Algorithm 1. Granziol and Baskerville, eqs. 11 and 13.
+        Savarese et al., Domain-independent dominance of adaptive methods, 2019, for
+        AvaGrad, which takes v of the step before.
     """
-    if form not in ("damping", "shrinkage"):
-        raise ValueError(f"form is {form!r}: choose 'damping' or 'shrinkage'")
+    check_choice("form", form, get_args(Form))
 
     def adam(eps):
         return optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
 
     fallback, fallback_target = damping, target
 
+    def root(state):
+        """The tree of sqrt(v), bias-corrected; zero before the first step."""
+        correction = 1 - jnp.asarray(b2, jnp.float32) ** state.count
+        correction = jnp.where(state.count > 0, correction, 1)
+        return jax.tree.map(
+            lambda v: jnp.sqrt(v / correction.astype(v.dtype) + eps_root), state.nu
+        )
+
     def update(
-        updates, state, params=None, *, damping=None, damping_target=None, **extra_args
+        updates,
+        state,
+        params=None,
+        *,
+        damping=None,
+        damping_target=None,
+        relative_damping=None,
+        **extra_args,
     ):
         if damping is None:
             damping = fallback(state.count) if callable(fallback) else fallback
         if damping_target is None:
             damping_target = fallback_target
-        updates, state = _update_damped(
-            adam, damping, updates, state, params, extra_args
+        if relative_damping is not None:
+            damping = damping + relative_damping * _mean(root(state))
+        rescaled = lambda eps: _update_damped(
+            adam, eps, updates, state, params, extra_args
         )
+        damped, after = rescaled(damping)
+        if form == "damping":
+            return damped, after
         if form == "shrinkage":
             boost = jnp.asarray(1 + damping / damping_target)
-            updates = jax.tree.map(lambda u: u * boost.astype(u.dtype), updates)
-        return updates, state
+        elif form == "length":
+            plain, _ = rescaled(1e-8)
+            boost = _quotient(norm(plain), norm(damped))
+        else:
+            factors = jax.tree.map(lambda b: 1 / (b + damping), root(after))
+            boost = _quotient(size(factors) ** 0.5, norm(factors))
+        return jax.tree.map(lambda u: u * boost.astype(u.dtype), damped), after
 
     return optax.GradientTransformationExtraArgs(adam(0.0).init, update)
 
@@ -219,7 +266,7 @@ def adam_shrinkage(
         eps_root: added to v inside the root.
         mu_dtype: dtype of the first moment; default: that of the params.
         nesterov: Nesterov momentum.
-        form: "damping" or "shrinkage".
+        form: "damping", "shrinkage", "length" or "avagrad".
         target: tau of the shrinkage form.
 
     Returns:
@@ -285,7 +332,7 @@ def adamw_shrinkage(
         weight_decay: multiplied by the learning rate, as in `optax.adamw`.
         mask: which params decay: a tree of bools or a function that makes one.
         nesterov: Nesterov momentum.
-        form: "damping" or "shrinkage".
+        form: "damping", "shrinkage", "length" or "avagrad".
         target: tau of the shrinkage form.
 
     Returns:

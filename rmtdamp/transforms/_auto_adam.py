@@ -38,7 +38,7 @@ def auto_adam(
         b1: decay of the first moment.
         b2: decay of the second moment.
         refresh_every: steps between measurements; None for `rmtdamp.refresh` by hand.
-        form: "damping" or "shrinkage".
+        form: "damping", "shrinkage", "length" or "avagrad".
         weight_decay: decoupled, multiplied by the learning rate, as in `optax.adamw`.
         mask: which params decay: a tree of bools or a function that makes one.
 

@@ -11,9 +11,16 @@ import jax.numpy as jnp
 import optax
 
 from rmtdamp._checks import check_every, check_range
-from rmtdamp._tree import accumulation_dtype
+from rmtdamp._tree import accumulation_dtype, norm
 from rmtdamp._types import LossFn
-from rmtdamp.damping import LearnedDamping
+from rmtdamp.damping import (
+    MEASURED,
+    Evidence,
+    LearnedDamping,
+    decides_in_the_step,
+    is_relative,
+    needs_of,
+)
 
 from ._learner import DampingLearner
 from ._measurer import check_whole, refresh_in_step
@@ -36,7 +43,7 @@ class SetDampingState(NamedTuple):
     inner_state: Any  # of the transformation inside
 
 
-def _init_inside(inner, params):
+def _init_inside(inner, params, argument="damping"):
     """The state of `inner`, which must use a damping and hold none."""
     state = inner.init(params)
     holds = lambda node: isinstance(node, AutoDampingState | SetDampingState)
@@ -45,7 +52,13 @@ def _init_inside(inner, params):
             "two transformations of one chain hold a damping: the one inside already "
             "does (auto_damping or set_damping); keep one of the two"
         )
-    if not _may_use_damping(inner, state, params):
+    if argument == "relative_damping" and not _may_use(argument, inner, state, params):
+        raise ValueError(
+            "the rule gives a damping relative to the mean of the preconditioner's "
+            "eigenvalues, and the transformation inside does not take one: take "
+            "scale_by_adam_shrinkage, scale_by_kfac or scale_by_lanczos, or another rule"
+        )
+    if not _may_use("damping", inner, state, params):
         raise ValueError(
             "the transformation inside ignores `damping`, so setting or learning one "
             "would change nothing: take one that uses it (scale_by_adam_shrinkage, "
@@ -56,13 +69,12 @@ def _init_inside(inner, params):
     return state
 
 
-def _may_use_damping(inner, state, params) -> bool:
-    """False if an update of `inner` is known not to depend on the damping."""
+def _may_use(argument, inner, state, params) -> bool:
+    """False if an update of `inner` is known not to depend on an extra argument."""
 
-    def update(damping):
-        return inner.update(
-            params, state, params, damping=damping, damping_target=jnp.ones(())
-        )
+    def update(value):
+        given = {"damping": jnp.ones(()), "damping_target": jnp.ones(())}
+        return inner.update(params, state, params, **given | {argument: value})
 
     try:
         traced = jax.make_jaxpr(update)(jnp.zeros(())).jaxpr
@@ -83,11 +95,29 @@ def _check_not_handed_in(extra_args) -> None:
         )
 
 
+def _known_in_step(needed, count, updates, own, learning_rate) -> Evidence:
+    """What a step shows to a rule."""
+    known = Evidence()
+    if "gradient_norm" in needed:
+        known = known._replace(gradient_norm=norm(updates))
+    if "learning_rate" in needed:
+        rate = own if learning_rate is None else learning_rate
+        if rate is None:
+            raise ValueError(
+                "the rule needs the learning rate: hand the optimiser's number or "
+                "schedule to auto_damping(..., learning_rate=...), or its value to "
+                "update(..., learning_rate=...)"
+            )
+        known = known._replace(learning_rate=rate(count) if callable(rate) else rate)
+    return known
+
+
 def auto_damping(
     inner: optax.GradientTransformation,
     learner: DampingLearner | LossFn,
     *,
     refresh_every: int | None = 100,
+    learning_rate: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Learn the damping of any transformation that takes one, while training runs.
 
@@ -125,6 +155,9 @@ def auto_damping(
         learner: a `DampingLearner`, or a loss function for one with the defaults.
         refresh_every: steps between measurements, at least 1, after the early ones;
             None for never in the step.
+        learning_rate: alpha, a number or a schedule of the step, for a rule that needs
+            it, such as `rmtdamp.damping.StabilityFloor`: that of the optimiser. It can
+            be handed to `update` as an extra argument, too.
 
     Returns:
         A gradient transformation.
@@ -132,7 +165,8 @@ def auto_damping(
     Raises:
         ValueError: `refresh_every` below 1; from `init`: an inner transformation that
             ignores `damping` or holds one itself, params with holes; from `update`:
-            params or batch missing, a bad batch, a `damping` from outside.
+            params or batch missing, a bad batch, a `damping` from outside, no learning
+            rate where the rule needs one.
         TypeError: params that are not real floats, or a loss that is not a scalar.
 
     Example:
@@ -164,13 +198,17 @@ def auto_damping(
         learner = DampingLearner(learner)
     check_every("refresh_every", refresh_every, or_never=True)
     inner = optax.with_extra_args_support(inner)
+    needed, relative = needs_of(learner.rule), is_relative(learner.rule)
+    own = learning_rate
 
     def init(params):
         check_whole(params, "auto_damping")
         return AutoDampingState(
             count=jnp.zeros((), jnp.int32),
             measured=learner.init(params),
-            inner_state=_init_inside(inner, params),
+            inner_state=_init_inside(
+                inner, params, "relative_damping" if relative else "damping"
+            ),
         )
 
     def update(
@@ -181,6 +219,7 @@ def auto_damping(
         batch=None,
         loss_args=(),
         curvature_batch=None,
+        learning_rate=None,
         **extra_args,
     ):
         _check_not_handed_in(extra_args)
@@ -189,9 +228,14 @@ def auto_damping(
             "loss_args": loss_args,
             "curvature_batch": curvature_batch,
         }
-        learned = refresh_in_step(
-            "auto_damping", learner, refresh_every, state, updates, params, **given
-        )
+        learned = state.measured
+        if needed & MEASURED:
+            learned = refresh_in_step(
+                "auto_damping", learner, refresh_every, state, updates, params, **given
+            )
+        if decides_in_the_step(learner.rule):
+            known = _known_in_step(needed, state.count, updates, own, learning_rate)
+            learned = learner.decide(learned, known)
         extra_args |= {name: x for name, x in given.items() if x is not None}
         updates, inner_state = inner.update(
             updates,
@@ -199,6 +243,7 @@ def auto_damping(
             params,
             damping=learned.damping,
             damping_target=learned.damping_target,
+            **({"relative_damping": learned.relative_damping} if relative else {}),
             **extra_args,
         )
         count = optax.safe_increment(state.count)

@@ -74,8 +74,9 @@ def scale_by_kfac(
         refresh_every: steps between measurements, at least 1; None for by hand.
 
     Returns:
-        A transformation whose `update` takes `damping`, a scalar, and `batch`. Updates
-        have the gradients' dtypes, all else is float32 or wider.
+        A transformation whose `update` takes `damping`, a scalar, `relative_damping`,
+        in units of the curvature's mean eigenvalue, and `batch`. Updates have the
+        gradients' dtypes, all else is float32 or wider.
 
     Raises:
         ValueError: a number out of its range, an unknown `tikhonov`, EKFAC with
@@ -138,6 +139,7 @@ def scale_by_kfac(
         params=None,
         *,
         damping=None,
+        relative_damping=None,
         batch=None,
         loss_args=(),
         curvature_batch=None,
@@ -159,6 +161,8 @@ def scale_by_kfac(
         _check_leaves(blocks, leaves, "the gradient")
         dtype = measured.factor_weight.dtype
         delta = damping_in_force("scale_by_kfac", damping, own, state.count, dtype)
+        if relative_damping is not None:
+            delta += jnp.asarray(relative_damping, dtype) * _mean(measured)
         out, singular = _divided(blocks, measured, leaves, delta, tikhonov)
         out = [u.astype(leaf.dtype) for u, leaf in zip(out, leaves, strict=True)]
         return jax.tree.unflatten(treedef, out), ScaleByKFACState(
@@ -307,6 +311,16 @@ def damped_eigenvalues(
     ratio = jnp.where(usable, mean_a, 1) / jnp.where(usable, mean_g, 1)
     pi, root = jnp.sqrt(ratio)[:, None], jnp.sqrt(damping)
     return (a + pi * root)[:, :, None] * (g + root / pi)[:, None, :]
+
+
+def _mean(state: KroneckerState) -> jax.Array:
+    """The mean eigenvalue of the curvature, over all parameters."""
+    values = state.scales or [
+        damped_eigenvalues(basis, jnp.zeros(())) for basis in state.bases
+    ]
+    found = [*values, *state.diagonal]
+    total = sum(map(jnp.sum, found), jnp.zeros(()))
+    return total / max(sum(x.size for x in found), 1)
 
 
 def _quotient(numerator, curvature, damping, size):

@@ -13,7 +13,7 @@ import optax
 
 from rmtdamp._basis import BREAKDOWN, combine, project
 from rmtdamp._checks import check_every, check_range
-from rmtdamp._tree import norm
+from rmtdamp._tree import norm, size
 from rmtdamp._types import LossFn
 
 from ._measurer import check_whole, refresh_in_step
@@ -149,6 +149,7 @@ def scale_by_lanczos(
         params=None,
         *,
         damping=None,
+        relative_damping=None,
         batch=None,
         loss_args=(),
         curvature_batch=None,
@@ -177,6 +178,10 @@ def scale_by_lanczos(
         )
         delta = in_force(damping)
         usable = delta > 0
+        if relative_damping is not None:
+            mean = jnp.sum(jnp.abs(subspace.cleaned_ritz_values)) / size(params)
+            delta += jnp.asarray(relative_damping, dtype) * mean
+            usable = delta > 0
         if own is not None:
             delta = jnp.where(usable, delta, in_force(None))
         new = _step(

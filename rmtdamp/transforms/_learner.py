@@ -7,18 +7,29 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from rmtdamp._basis import magnitude
 from rmtdamp._checks import check_range
 from rmtdamp._jax import is_traced, matmul_precision
-from rmtdamp._tree import accumulation_dtype, num_examples
+from rmtdamp._tree import (
+    accumulation_dtype,
+    norm,
+    num_examples,
+    random_like,
+    scale,
+    vdot,
+)
 from rmtdamp._types import Execution, LossFn, Mode, Params
 from rmtdamp.damping import (
     DampingRule,
+    Evidence,
     LearnedDamping,
+    decide_damping,
     identity_target,
     initial_damping,
     learn_damping,
+    needs_of,
 )
-from rmtdamp.hessian import HessianMoments, moments
+from rmtdamp.hessian import HessianMoments, hvp, moments
 
 from ._measurer import Context, with_numbers
 
@@ -28,10 +39,12 @@ from ._measurer import Context, with_numbers
 class DampingLearner:
     """Measures the Hessian's moments on a batch and learns the damping from them.
 
-    One refresh is `moments(loss_fn, params, batch, ...)` followed by
-    `rmtdamp.damping.learn_damping(...)`: moments averaged with `decay`, `rule` applied
-    to the averages, `floor` added, the result cut where beta = 1 / (1 + delta/tau)
-    would fall below `min_shrinkage`.
+    One refresh measures what the rule needs, `moments(loss_fn, params, batch, ...)` or
+    the largest eigenvalue, by a power iteration that goes on where the last one ended
+    (eight products at first, then one), and learns from it
+    (`rmtdamp.damping.learn_damping`): moments averaged with `decay`, `rule` applied to
+    what is known, `floor` added, the result cut where beta = 1 / (1 + delta/tau) would
+    fall below `min_shrinkage`.
 
     A learner holds no state, and all its settings: hand the same one to `auto_damping`
     or `auto_adam` and to `rmtdamp.refresh`. It is a pytree; its numbers are leaves, the
@@ -43,8 +56,9 @@ class DampingLearner:
         floor: delta*, the damping before the first measurement, added to what the rule
             decides, in the unit of the damping.
         decay: weight of the past in the averages, in [0, 1).
-        rule: `HessianMoments -> Shrinkage`: `identity_target` (eq. 15),
-            `scaled_identity_target` (scale-equivariant), or your own.
+        rule: what is known -> `Shrinkage`, see `rmtdamp.damping`: `identity_target`
+            (eq. 15), `StabilityFloor`, `relative_target`, ..., or your own. What it
+            `needs` is measured, and no more.
         num_microbatches: microbatches that a batch is cut into, at least 2.
         num_probes: probes to average in a refresh, each at full cost.
         batch_size: size of the batch whose noise is meant; default: that of `batch`,
@@ -103,7 +117,9 @@ class DampingLearner:
 
     def init(self, params: Params) -> LearnedDamping:
         """The state before any measurement: the damping is `floor`."""
-        return initial_damping(self.floor, accumulation_dtype(params))
+        needed = needs_of(self.rule)
+        vector = _start(self.seed, params) if "max_eigenvalue" in needed else None
+        return initial_damping(self.floor, accumulation_dtype(params), vector)
 
     def refresh(self, measured: LearnedDamping, context: Context) -> LearnedDamping:
         """Measure on the batch for the noise of `batch_size` examples, and learn.
@@ -115,6 +131,15 @@ class DampingLearner:
         Returns:
             The state after the refresh.
         """
+        needed = needs_of(self.rule)
+        traced = is_traced(context, measured)
+        value = None
+        if "max_eigenvalue" in needed:
+            power = _power if traced else _powered_eagerly
+            value, measured = power(self, measured, context)
+        if "moments" not in needed:
+            learn = _learn if traced else _compiled_learn
+            return learn(self, measured, None, value, context, None)
         count = num_examples(context.batch)
         num = min(self.num_microbatches, count)
         if num < 2:
@@ -125,7 +150,6 @@ class DampingLearner:
             )
             return _refused(measured, context.step)
         batch = jax.tree.map(lambda x: x[: count - count % num], context.batch)
-        traced = is_traced(context, measured)
         execution = self.execution
         if execution is None and traced and jax.default_backend() == "cpu":
             # In a conditional XLA:CPU runs convolutions slowly, unrolled or not.
@@ -145,7 +169,84 @@ class DampingLearner:
             stderr=False,  # nobody reads it here, and it costs n vectors of memory
         )
         learn = _learn if traced else _compiled_learn
-        return learn(self, measured, found, context, batch)
+        return learn(self, measured, found, value, context, batch)
+
+    def decide(self, measured: LearnedDamping, known: Evidence) -> LearnedDamping:
+        """What a rule that looks at the step makes of it."""
+        return decide_damping(
+            measured,
+            known,
+            rule=self.rule,
+            floor=self.floor,
+            min_shrinkage=self.min_shrinkage,
+        )
+
+
+# Products before the first eigenvalue; later ones start where the last has ended.
+_FIRST_PRODUCTS = 8
+
+
+@jax.jit
+def _start(seed, params):
+    dtype = accumulation_dtype(params)
+    like = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), params)
+    vector = random_like(jax.random.key(seed), like, jax.random.normal)
+    return scale(1 / norm(vector), vector)
+
+
+def _power_step(learner, params, batch, loss_args, vector):
+    """One product of a power iteration: ||H v||, the next v, whether it has settled."""
+    found = hvp(
+        learner.loss_fn,
+        params,
+        batch,
+        vector,
+        loss_args=loss_args,
+        precision=learner.precision,
+        mode=learner.mode,
+    )
+    found = jax.tree.map(lambda x, v: x.astype(v.dtype), found, vector)
+    unit = magnitude(found)
+    found = scale(1 / unit, found)
+    length = norm(found)
+    value = length * unit
+    good = jnp.isfinite(value) & (length > 0)
+    settled = jnp.abs(vdot(vector, found)) > 0.9 * length
+    vector = jax.tree.map(
+        lambda x, v: jnp.where(good, x / jnp.where(good, length, 1), v), found, vector
+    )
+    return jnp.where(good, value, jnp.nan), vector, settled
+
+
+_compiled_power_step = jax.jit(_power_step)
+
+
+def _after_power(measured, value, vector, settled):
+    failed = (~settled).astype(jnp.int32)
+    return value, measured._replace(
+        eigenvector=vector, power_failures=measured.power_failures + failed
+    )
+
+
+def _power(learner, measured, context):
+    arguments = learner, context.params, context.batch, context.loss_args
+    count = jnp.where(measured.refresh_attempts == 0, _FIRST_PRODUCTS, 1)
+    empty = jnp.zeros((), measured.max_eigenvalue.dtype), jnp.zeros((), bool)
+    value, vector, settled = jax.lax.fori_loop(
+        0,
+        count,
+        lambda _, carry: _power_step(*arguments, carry[1]),
+        (empty[0], measured.eigenvector, empty[1]),
+    )
+    return _after_power(measured, value, vector, settled)
+
+
+def _powered_eagerly(learner, measured, context):
+    arguments = learner, context.params, context.batch, context.loss_args
+    value, settled, vector = None, True, measured.eigenvector
+    for _ in range(_FIRST_PRODUCTS if measured.refresh_attempts == 0 else 1):
+        value, vector, settled = _compiled_power_step(*arguments, vector)
+    return _after_power(measured, value, vector, jnp.asarray(settled))
 
 
 @jax.jit
@@ -153,7 +254,9 @@ def _probe_key(seed, number):
     return jax.random.fold_in(jax.random.key(seed), number)
 
 
-def _learn(learner, before, found: HessianMoments, context, batch) -> LearnedDamping:
+def _learn(
+    learner, before, found: HessianMoments | None, value, context, batch
+) -> LearnedDamping:
     learned = learn_damping(
         before,
         found,
@@ -162,7 +265,10 @@ def _learn(learner, before, found: HessianMoments, context, batch) -> LearnedDam
         floor=learner.floor,
         decay=learner.decay,
         min_shrinkage=learner.min_shrinkage,
+        eigenvalue=value,
     )
+    if found is None:
+        return learned
     # Looked at in the first measurement alone: the loss stays what it is.
     mismatch = jax.lax.cond(
         before.refresh_attempts == 0,
