@@ -175,7 +175,40 @@ def test_cost_is_that_of_optax_adam():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="form is 'both': choose 'damping' or 'shri"):
+    with pytest.raises(
+        ValueError, match="form is 'both': choose from 'damping', 'shri"
+    ):
         scale_by_adam_shrinkage(form="both")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="sgd has no argument 'eps': choose from learn"):
         with_damping(optax.sgd)
+
+
+@pytest.mark.parametrize("damping", [1e-8, 0.3, 1e4])
+def test_length_is_that_of_undamped_adam_and_the_direction_is_damped(damping):
+    grads = [jnp.array([1.0, -4.0], jnp.float32), jnp.full((2, 2), 0.25, jnp.float32)]
+    kept = scale_by_adam_shrinkage(form="length")
+    found, state = kept.update(grads, kept.init(grads), damping=damping)
+    plain = scale_by_adam_shrinkage()
+    damped, after = plain.update(grads, plain.init(grads), damping=damping)
+    np.testing.assert_allclose(optax.tree.norm(found), 6**0.5, rtol=1e-6)
+    ratio = optax.tree.norm(found) / optax.tree.norm(damped)
+    chex.assert_trees_all_close(found, jax.tree.map(lambda u: ratio * u, damped))
+    chex.assert_trees_all_equal(state, after)
+
+
+def test_avagrad_normalises_its_rates():
+    """eta = 1 / (sqrt(v) + delta), at unit mean square; here v = g^2 and m = g."""
+    grads = jnp.array([1.0, -4.0, 0.0], jnp.float32)
+    tx = scale_by_adam_shrinkage(form="avagrad", damping=0.5)
+    updates = first_update(tx, grads)
+    eta = 1 / (np.abs(grads) + 0.5)
+    expected = grads * eta / np.sqrt(np.mean(eta**2))
+    np.testing.assert_allclose(updates, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["length", "avagrad"])
+def test_forms_survive_a_gradient_of_zero_and_keep_their_dtype(form):
+    grads = {"a": jnp.zeros(3, jnp.bfloat16), "b": jnp.zeros((), jnp.float32)}
+    tx = set_damping(scale_by_adam_shrinkage(form=form), 0.1)
+    updates = first_update(tx, grads)
+    chex.assert_trees_all_equal(updates, grads)

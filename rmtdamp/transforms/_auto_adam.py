@@ -65,7 +65,9 @@ def auto_adam(
     """
     adam = scale_by_adam_shrinkage(b1, b2, form=form)
     return optax.chain(
-        auto_damping(adam, learner, refresh_every=refresh_every),
+        auto_damping(
+            adam, learner, refresh_every=refresh_every, learning_rate=learning_rate
+        ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

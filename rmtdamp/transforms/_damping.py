@@ -56,7 +56,7 @@ def _init_inside(inner, params, argument="damping"):
         raise ValueError(
             "the rule gives a damping relative to the mean of the preconditioner's "
             "eigenvalues, and the transformation inside does not take one: take "
-            "scale_by_adam_shrinkage, scale_by_kfac or scale_by_lanczos, or another rule"
+            "scale_by_adam_shrinkage, scale_by_kfac, scale_by_lanczos, or another rule"
         )
     if not _may_use("damping", inner, state, params):
         raise ValueError(

@@ -1,0 +1,327 @@
+"""Rules that see more than moments: their numbers, what they are told, what they hold."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import rmtdamp
+from rmtdamp import DampingLearner, auto_damping, scale_by_adam_shrinkage
+from rmtdamp.damping import (
+    Evidence,
+    GradientNorm,
+    Maximum,
+    MeanFraction,
+    Shrinkage,
+    StabilityFloor,
+    Sum,
+    initial_damping,
+    is_relative,
+    learn_damping,
+    needs,
+    needs_of,
+    relative_target,
+)
+from rmtdamp.hessian import HessianMoments
+from rmtdamp.kronecker import ModelFactors, make_blocks
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+get = optax.tree.get
+
+CURVATURE = jnp.array([3.0, -8.0, 1.0, 0.5], jnp.float32)
+ROWS = 1 + 0.1 * jnp.cos(jnp.arange(16, dtype=jnp.float32))
+PARAMS = jnp.ones(4, jnp.float32)
+
+
+def loss_fn(params, batch):
+    """The Hessian is diag(CURVATURE) times the mean of the batch."""
+    return jnp.mean(batch) * jnp.sum(CURVATURE * params**2) / 2
+
+
+LAMBDA = 8 * float(jnp.mean(ROWS))
+FLOOR = StabilityFloor(safety=2.0, momentum=0.9, averaged=True)
+
+
+def learner_of(rule, **options):
+    return DampingLearner(loss_fn, rule=rule, floor=0.0, **options)
+
+
+def take_steps(tx, num, state=None, params=PARAMS, batch=ROWS, **extras):
+    state = tx.init(params) if state is None else state
+    update = jax.jit(lambda s: tx.update(params, s, params, batch=batch, **extras))
+    for _ in range(num):
+        updates, state = update(state)
+    return updates, state
+
+
+def test_the_stability_floor_is_that_of_a_damped_step():
+    """At it a direction of curvature lambda_max, divided by delta, is at its bound."""
+    for averaged, factor in ((False, 1.9), (True, 19.0)):
+        rule = StabilityFloor(safety=1.0, averaged=averaged)
+        found = rule(Evidence(max_eigenvalue=5.0, learning_rate=0.3))
+        close(found.damping, 0.3 * 5 / (2 * factor))
+        assert found.target == 5
+    assert needs_of(rule) == {"max_eigenvalue", "learning_rate"}
+
+
+def test_a_quadratic_at_the_floor_is_stable_and_below_it_is_not():
+    """Heavy ball on lambda x^2 / 2, divided by delta alone: a blind preconditioner."""
+
+    def end(safety):
+        rule = StabilityFloor(safety=safety)
+        known = Evidence(max_eigenvalue=5.0, learning_rate=0.3)
+        delta = float(rule(known).damping)
+        x, velocity = 1.0, 0.0
+        for _ in range(500):
+            velocity = 0.9 * velocity + 5.0 * x / delta
+            x = x - 0.3 * velocity
+        return abs(x)
+
+    assert end(1.05) < 1
+    assert end(0.95) > 1e3  # not yet infinite
+
+
+def test_ratios_norms_and_combinations_in_closed_form():
+    moments = HessianMoments(0.5, 1.25, 0.4)  # d^2 = 1
+    close(relative_target(moments).relative, 0.4)
+    assert relative_target(HessianMoments(0.5, 0.1, 0.4)).relative == jnp.inf
+    known = Evidence(gradient_norm=jnp.float32(9.0))
+    close(GradientNorm(0.25)(known).damping, 1.5)
+    both = GradientNorm(0.25), GradientNorm(1.0), MeanFraction(0.1)
+    close(Sum(*both)(known).damping, 4.5)
+    close(Maximum(*both)(known).damping, 3.0)
+    for kind in (Sum, Maximum):
+        close(kind(*both)(known).relative, 0.1)
+        assert needs_of(kind(*both, FLOOR)) == {
+            "gradient_norm",
+            "max_eigenvalue",
+            "learning_rate",
+        }
+        assert kind(*both) == kind(*both)
+        assert hash(kind(*both)) == hash(kind(*both))
+    assert Sum(*both) != Maximum(*both)
+    assert [is_relative(r) for r in (*both, relative_target, FLOOR)] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+    ]
+
+
+def test_the_largest_eigenvalue_is_held_and_bad_ones_change_nothing():
+    state = initial_damping(0.1, jnp.float32)
+    options = {"floor": 0.0, "decay": 0.7, "min_shrinkage": 0.01}
+
+    @needs("max_eigenvalue")
+    def rule(evidence):
+        return Shrinkage(evidence.max_eigenvalue / 10)
+
+    held = []
+    for value in (4.0, 1.0, 5.0, jnp.nan, 0.0, jnp.inf, 1.0):
+        state = learn_damping(
+            state, None, jnp.int32(0), rule=rule, eigenvalue=value, **options
+        )
+        held.append(float(state.max_eigenvalue))
+        close(state.damping, held[-1] / 10)
+    close(held, [4, 3.6, 5, 5, 5, 5, 4.5])
+    assert state.refresh_attempts == 7
+    assert state.refresh_rejections == 3
+
+
+def test_the_power_iteration_finds_the_largest_magnitude_and_goes_on():
+    tx = auto_damping(
+        scale_by_adam_shrinkage(), learner_of(FLOOR), learning_rate=0.1, refresh_every=1
+    )
+    _, state = take_steps(tx, 1)
+    close(get(state, "max_eigenvalue"), LAMBDA, rtol=0.05)
+    _, state = take_steps(tx, 9, state)
+    close(get(state, "max_eigenvalue"), LAMBDA, rtol=1e-4)
+    close(get(state, "damping"), 2 * 0.1 * LAMBDA / 38, rtol=1e-4)
+    assert get(state, "power_failures") <= 1
+    assert jnp.isnan(get(state, "measured_variance"))  # nobody asked for it
+
+
+def test_by_hand_is_what_the_step_does():
+    learner = learner_of(FLOOR)
+    make = lambda every: auto_damping(
+        scale_by_adam_shrinkage(), learner, learning_rate=0.1, refresh_every=every
+    )
+    _, one = take_steps(make(1), 3)
+    other, tx = make(None).init(PARAMS), make(None)
+    for _ in range(3):
+        other = rmtdamp.refresh(other, learner, PARAMS, ROWS)
+        _, other = take_steps(tx, 1, other)
+    jax.tree.map(functools.partial(close, rtol=1e-4), one, other)
+
+
+def test_it_follows_the_learning_rate_of_every_step():
+    schedule = optax.linear_schedule(0.1, 0.0, 4)
+    tx = auto_damping(
+        scale_by_adam_shrinkage(),
+        learner_of(FLOOR),
+        learning_rate=schedule,
+        refresh_every=100,
+    )
+    state = tx.init(PARAMS)
+    for step in range(4):
+        _, state = take_steps(tx, 1, state)
+        held = get(state, "max_eigenvalue")
+        close(get(state, "damping"), 2 * schedule(step) * held / 38)
+    _, state = take_steps(tx, 1, state, learning_rate=0.3)  # handed in, it wins
+    close(get(state, "damping"), 2 * 0.3 * get(state, "max_eigenvalue") / 38)
+
+
+def test_a_rate_that_nobody_gave_is_asked_for():
+    tx = auto_damping(scale_by_adam_shrinkage(), learner_of(FLOOR))
+    with pytest.raises(ValueError, match="rule needs the learning rate: hand the opt"):
+        take_steps(tx, 1)
+    with pytest.raises(ValueError, match="cannot need 'hessian': choose from gradient"):
+        needs("hessian")
+    with pytest.raises(ValueError, match="safety is 0, and must be above 0"):
+        StabilityFloor(safety=0)
+    with pytest.raises(ValueError, match="momentum is 1, and must be in"):
+        StabilityFloor(momentum=1)
+
+
+def test_auto_adam_hands_its_rate_and_momentum_on():
+    rule = StabilityFloor(momentum=0.8, averaged=True)
+    tx = rmtdamp.auto_adam(0.2, learner_of(rule), b1=0.8)
+    _, state = take_steps(tx, 1)
+    close(get(state, "damping"), 2 * 0.2 * get(state, "max_eigenvalue") / 18)
+
+
+def test_rules_that_measure_nothing_need_no_batch():
+    tx = auto_damping(scale_by_adam_shrinkage(), learner_of(GradientNorm(0.25)))
+    _, state = jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS)
+    close(get(state, "damping"), (0.25 * 2) ** 0.5)
+
+
+def test_a_relative_damping_is_in_units_of_the_preconditioners_mean():
+    """Adam: of sqrt(v) one step before; it does not change with the gradient's unit."""
+    inner = scale_by_adam_shrinkage(b2=0.99)
+    for unit in (1.0, 1e3):
+        grads = unit * jnp.array([1.0, 2.0, 3.0, 6.0], jnp.float32)
+        tx = auto_damping(inner, learner_of(MeanFraction(0.5)))
+        state, plain = tx.init(PARAMS), inner.init(PARAMS)
+        for step in range(3):
+            updates, state = jax.jit(tx.update)(grads, state, PARAMS)
+            damping = unit * 0.5 * 3 if step else 1e-30
+            expected, plain = inner.update(grads, plain, PARAMS, damping=damping)
+            close(updates, expected, rtol=1e-4)
+    assert get(state, "relative_damping") == 0.5
+    factory = rmtdamp.with_damping(optax.adam)(1e-3)
+    with pytest.raises(ValueError, match="relative to the mean of the preconditioner"):
+        auto_damping(factory, learner_of(MeanFraction())).init(PARAMS)
+
+
+def model_fn(params, x, tape):
+    hidden = jnp.tanh(tape.linear("one", x, x @ params["a"]))
+    return tape.linear("two", hidden, hidden @ params["b"])
+
+
+def network(scale=1.0, unused=0):
+    """Loss and params of a small network, and KFAC's view of it."""
+    params = {
+        "a": jax.random.normal(jax.random.key(0), (5, 6), jnp.float32),
+        "b": jax.random.normal(jax.random.key(1), (6, 3), jnp.float32),
+    }
+    layers = {"one": {"kernel": "a"}, "two": {"kernel": "b"}}
+    if unused:
+        params["c"] = jnp.ones((unused,), jnp.float32)
+
+    def criterion(outputs, targets):
+        return scale * jnp.mean(jnp.sum((outputs - targets) ** 2, axis=1)) / 2
+
+    fn = ModelFactors(
+        model_fn=model_fn,
+        criterion=criterion,
+        blocks=make_blocks(params, layers),
+        fisher="ggn",
+    )
+
+    class Silent:
+        linear = staticmethod(lambda name, x, y: y)
+
+    def loss(params, batch):
+        return criterion(model_fn(params, batch[0], Silent()), batch[1])
+
+    return params, loss, fn
+
+
+DATA = (
+    jax.random.normal(jax.random.key(2), (32, 5), jnp.float32),
+    jax.random.normal(jax.random.key(3), (32, 3), jnp.float32),
+)
+
+
+def trained(rule, steps=12, learning_rate=0.05, **change):
+    params, loss, fn = network(**change)
+    learner = DampingLearner(loss, rule=rule, floor=0.0)
+    tx = auto_damping(
+        rmtdamp.kfac(learning_rate, fn, kl_clip=None),
+        learner,
+        learning_rate=learning_rate,
+        refresh_every=2,
+    )
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(loss)(params, DATA)
+        updates, state = tx.update(grads, state, params, batch=DATA)
+        return optax.apply_updates(params, updates), state
+
+    dampings = []
+    for _ in range(steps):
+        params, state = step(params, state)
+        dampings.append(float(get(state, "damping")))
+    return params, state, np.array(dampings)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+@pytest.mark.parametrize("rule", [StabilityFloor(), MeanFraction(0.5)], ids=str)
+def test_the_loss_in_another_unit_takes_the_same_path(rule, scale):
+    params, _, dampings = trained(rule)
+    scaled, _, others = trained(rule, scale=scale)
+    jax.tree.map(functools.partial(close, rtol=2e-3, atol=2e-4), params, scaled)
+    close(others, dampings * scale, rtol=2e-3)
+
+
+def test_parameters_that_the_loss_ignores_change_nothing():
+    params, state, dampings = trained(StabilityFloor())
+    wider, other, others = trained(StabilityFloor(), unused=48)
+    close(others, dampings, rtol=2e-2)  # the start of the iteration is another
+    close(get(other, "max_eigenvalue"), get(state, "max_eigenvalue"), rtol=1e-2)
+    for name, leaf in params.items():
+        close(wider[name], leaf, rtol=2e-2, atol=2e-2)
+
+
+def test_kfac_and_lanczos_take_a_relative_damping():
+    params, loss, fn = network()
+    grads = jax.grad(loss)(params, DATA)
+    for tx, mean in (
+        (
+            rmtdamp.scale_by_kfac(fn, refresh_every=1),
+            lambda s: (
+                sum(
+                    float(jnp.sum(b.input_values) * jnp.sum(b.output_values))
+                    for b in s.measured.bases
+                )
+                / 48
+            ),
+        ),
+        (
+            rmtdamp.scale_by_lanczos(rmtdamp.RitzMeasurer(loss, num_steps=5)),
+            lambda s: float(jnp.sum(jnp.abs(s.measured.ritz_values))) / 48,
+        ),
+    ):
+        update = functools.partial(tx.update, batch=DATA)
+        start = tx.init(params)
+        found, state = update(grads, start, params, damping=0.1, relative_damping=0.5)
+        expected, _ = update(grads, start, params, damping=0.1 + 0.5 * mean(state))
+        jax.tree.map(functools.partial(close, rtol=1e-4), found, expected)
