@@ -1,4 +1,4 @@
-"""Rules that see more than moments: their numbers, what they are told, what they hold."""
+"""Rules that see more than moments: their numbers, what they are told and hold."""
 
 import functools
 
