@@ -304,7 +304,7 @@ class StabilityFloor:
     (1 + b1) / (1 - b1) for one that averages. So delta = alpha lambda_max / (2 f) is
     the smallest damping that is safe wherever B is blind, and c = `safety` times it
     leaves room for a lambda_max that changes between measurements and from batch to
-    batch.
+    batch: with KFAC on digits, 8 trained at all rates from 0.001 to 0.3, and 2 at some.
 
     It follows the learning rate and the scale of the loss, and does not depend on the
     number of parameters. Its unit is that of a Hessian eigenvalue, right for KFAC and
@@ -320,7 +320,7 @@ class StabilityFloor:
 
     Example:
         >>> from rmtdamp.damping import Evidence, StabilityFloor
-        >>> rule = StabilityFloor(safety=2.0, momentum=0.9)
+        >>> rule = StabilityFloor(safety=2.0)
         >>> known = Evidence(max_eigenvalue=19.0, learning_rate=0.01)
         >>> print(f"{rule(known).damping:.3f}")
         0.100
@@ -331,7 +331,7 @@ class StabilityFloor:
 
     needs: ClassVar[frozenset[str]] = frozenset({"max_eigenvalue", "learning_rate"})
 
-    safety: float = 2.0
+    safety: float = 8.0
     momentum: float = 0.9
     averaged: bool = False
 

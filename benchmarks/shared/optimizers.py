@@ -13,6 +13,13 @@ import jax
 import optax
 
 import rmtdamp
+from rmtdamp.damping import (
+    GradientNorm,
+    MeanFraction,
+    StabilityFloor,
+    Sum,
+    relative_target,
+)
 from rmtdamp.demo._train import RULES
 
 from .layers import adam_per_layer
@@ -94,9 +101,22 @@ OPTIMIZERS = DAMPED | {
 }
 
 
+def rule_of(method: Method):
+    """The rule of that name; a floor knows the optimiser's momentum."""
+    floor = StabilityFloor(momentum=MOMENTUM, averaged=method.optimizer == "adam")
+    rules = RULES | {
+        "floor": floor,
+        "relative": relative_target,
+        "floor + relative": Sum(floor, relative_target),
+        "mean fraction": MeanFraction(0.1),
+        "gradient norm": GradientNorm(0.1),
+    }
+    return rules[method.rule]
+
+
 def learner_of(method: Method, numbers: Numbers, network: Network, **options):
     """What measures the damping: the training batch's own eight microbatches."""
-    options |= {"floor": numbers.damping, "rule": RULES[method.rule]}
+    options |= {"floor": numbers.damping, "rule": rule_of(method)}
     return rmtdamp.DampingLearner(network.loss_fn, **options)
 
 
@@ -116,7 +136,8 @@ def transformation(method: Method, numbers: Numbers, network: Network):
     tx = OPTIMIZERS[method.optimizer](rate, method, numbers, network)
     if method.optimizer in DAMPED:
         if method.learned:
-            tx = rmtdamp.auto_damping(tx, learner, refresh_every=None)
+            given = {"refresh_every": None, "learning_rate": rate}
+            tx = rmtdamp.auto_damping(tx, learner, **given)
         else:
             tx = rmtdamp.set_damping(tx, numbers.damping)
     return optax.with_extra_args_support(tx)

@@ -30,6 +30,7 @@ from .runs import Row, rounded
 
 LENGTH = 64  # of a text's windows
 CURVES = ("train_loss", "train_error", "test_loss", "test_error")
+VALID = ("valid_loss", "valid_error")
 NUM_CURVATURE_EXAMPLES, NUM_PRODUCTS = 256, 12  # for lambda_1
 
 
@@ -44,11 +45,20 @@ class Task(NamedTuple):
     num_train: int | None = None  # None: all
     num_test: int | None = None
     pool: int = 1  # pixels are averaged pool x pool
+    num_valid: int = 0  # the last of the training examples, for choices
 
 
 @functools.cache
-def data_of(folder: pathlib.Path, task: Task):
-    """((train, test), number of classes): on the device, standardised, with labels."""
+def data_of(folder: pathlib.Path, task: Task) -> Any:
+    """((train, test), number of classes): on the device, standardised, with labels.
+
+    A third part, if the task asks for it, is the training examples for choices.
+    """
+    if task.num_valid:
+        (train, test), num_classes = data_of(folder, task._replace(num_valid=0))
+        kept, valid = slice(-task.num_valid), slice(-task.num_valid, None)
+        parts = [tuple(x[rows] for x in train) for rows in (kept, valid)]
+        return (parts[0], test, parts[1]), num_classes
     if task.dataset == "digits":
         found = load_digits()
         parts = [(x.reshape(-1, 8, 8, 1), y) for x, y in found[1:3]]
@@ -197,7 +207,7 @@ def fit(
     """
     with_factors = method.optimizer.startswith("kfac")
     found = prepare(folder, task, seed, with_factors, factor)
-    (train, test), network, params, loss_args, _ = found
+    (train, test, *valid), network, params, loss_args, _ = found
     num, num_batches = len(train[1]), len(train[1]) // batch_size
     if num_evaluations is None:
         every, judged = eval_every or epochs, train
@@ -213,11 +223,13 @@ def fit(
     tx = transformation(method, numbers, network)
     carry = params, loss_args, tx.init(params)
     advance = _by_hand if by_hand else _scanned
-    curves: Row = {name: [] for name in ("step", *CURVES, "damping", "variance")}
+    names = (*CURVES, *(VALID if valid else ()))
+    curves: Row = {name: [] for name in ("step", *names, "damping", "variance")}
     for start, end in itertools.pairwise([0, *ends]):
         rows = np.concatenate(order).reshape(-1, batch_size)[start:end].astype(np.int32)
         carry = advance(method, network, numbers, carry, train, rows, start)
-        scores = np.ravel([evaluate(network, *carry[:2], x) for x in (judged, test)])
+        parts = judged, test, *valid
+        scores = np.ravel([evaluate(network, *carry[:2], x) for x in parts])
         new = [end, *rounded(scores), rounded(dampings(carry[2]))]
         new += [None if method.layers else scalar(carry[2], "measured_variance")]
         for name, value in zip(curves, new, strict=True):
@@ -263,7 +275,8 @@ def train_scanned(
     numbers |= {"factor": loss_factor, "num_evaluations": 10, "by_hand": False}
     made = Task(**task), Method(**method, layers=layers)
     done = fit(folder, *made, **numbers)
-    row = {name: done.curves[name] for name in ("step", *CURVES)}
+    names = (name for name in (*CURVES, *VALID) if name in done.curves)
+    row = {name: done.curves[name] for name in ("step", *names)}
     curves = np.transpose(done.curves["damping"]).tolist()
     names = sorted(split_layers(done.params)) if layers else ()
     row["damping_curve"] = dict(zip(names, curves)) if layers else curves[0]  # noqa: B905

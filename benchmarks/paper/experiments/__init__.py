@@ -1,6 +1,6 @@
 """All experiments, by name."""
 
-from . import beyond, cost, lanczos_opt, spectra, stable_rate, vgg
+from . import beyond, cost, lanczos_opt, rules, spectra, stable_rate, vgg
 
-MODULES = (lanczos_opt, spectra, vgg, stable_rate, cost, beyond)
+MODULES = (lanczos_opt, spectra, vgg, stable_rate, cost, beyond, rules)
 EXPERIMENTS = {x.name: x for module in MODULES for x in module.EXPERIMENTS}
