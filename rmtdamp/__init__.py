@@ -29,6 +29,7 @@ from . import (
 )
 from .damping import (
     Shrinkage as Shrinkage,
+    StabilityFloor as StabilityFloor,
     damping_from_shrinkage as damping_from_shrinkage,
     identity_target as identity_target,
     scaled_identity_target as scaled_identity_target,

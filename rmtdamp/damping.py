@@ -220,7 +220,7 @@ def identity_target(moments: HessianMoments | Evidence) -> Shrinkage:
         >>> from rmtdamp import identity_target
         >>> from rmtdamp.hessian import HessianMoments
         >>> identity_target(HessianMoments(0.1, 0.5, 0.02))
-        Shrinkage(damping=0.02, target=1.0)
+        Shrinkage(damping=0.02, target=1.0, relative=0.0)
 
     References:
         Granziol and Baskerville, eq. 15.
@@ -409,8 +409,10 @@ class Sum:
 
     Example:
         >>> from rmtdamp.damping import Evidence, GradientNorm, MeanFraction, Sum
-        >>> Sum(GradientNorm(0.5), MeanFraction(0.1))(Evidence(gradient_norm=8.0))
-        Shrinkage(damping=Array(2., dtype=float32), target=1.0, relative=0.1)
+        >>> rule = Sum(GradientNorm(0.5), MeanFraction(0.1))
+        >>> found = rule(Evidence(gradient_norm=8.0))
+        >>> print(found.damping, found.relative)
+        2.0 0.1
     """
 
     rules: tuple[DampingRule, ...]

@@ -175,9 +175,7 @@ def test_cost_is_that_of_optax_adam():
 
 
 def test_bad_arguments():
-    with pytest.raises(
-        ValueError, match="form is 'both': choose from 'damping'"
-    ):
+    with pytest.raises(ValueError, match="form is 'both': choose from 'damping'"):
         scale_by_adam_shrinkage(form="both")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="sgd has no argument 'eps': choose from learn"):
         with_damping(optax.sgd)
