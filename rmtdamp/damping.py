@@ -543,8 +543,8 @@ def _near(x, y) -> jax.Array:
     return (x <= _JUMP * y) & (y <= _JUMP * x) & jnp.isfinite(x)
 
 
-# What a refresh leaves of the largest eigenvalue so far, where it measures less.
-RELEASE = 0.9
+# What a step leaves of the largest eigenvalue so far, where less is measured after it.
+_RELEASE = 0.99
 
 
 def learn_damping(
@@ -570,8 +570,8 @@ def learn_damping(
     blow-up of a few steps, which an average would carry along for thousands, so leaves
     no trace, and one that lasts is followed, and forgotten, at the second measurement.
 
-    The largest eigenvalue is held, lambda <- max(x, 0.9 lambda): batches differ, and it
-    is the sharpest of them that a step must survive.
+    The largest eigenvalue is held for a while, lambda <- max(x, 0.99^k lambda) after k
+    steps: batches differ, and it is the sharpest of them that a step must survive.
 
     Values cannot raise inside a compiled step, so what cannot be used is counted. A
     measurement that is not finite or not confirmed changes nothing; one after which the
@@ -599,7 +599,9 @@ def learn_damping(
     if eigenvalue is not None:
         old, new = learned.max_eigenvalue, like(eigenvalue, learned.max_eigenvalue)
         usable &= jnp.isfinite(new) & (new > 0)
-        held = jnp.where(jnp.isnan(old), new, jnp.maximum(new, RELEASE * old))
+        steps = jnp.asarray(step) - learned.last_refresh
+        kept = old * jnp.asarray(_RELEASE, old.dtype) ** jnp.maximum(steps, 0)
+        held = jnp.where(jnp.isnan(old), new, jnp.maximum(new, kept))
         found = found._replace(max_eigenvalue=jnp.where(usable, held, old))
     if measured is not None:
         found, good = _averaged(found, measured, decay)
