@@ -7,7 +7,6 @@ many of the rates it ends within 5 % of that best.
 """
 
 import functools
-import itertools
 import math
 
 from benchmarks.paper._experiment import Experiment
@@ -33,26 +32,27 @@ TASKS = {
         {"epochs": 30, "batch_size": 128},
     ),
 }
-LEARNED = ("identity", "floor", "relative", "floor + relative")
-OTHERS = ("mean fraction", "gradient norm")
-FLAT = {"kfac": (1e-3, 1e-2, 1e-1, 1.0), "adam": (1e-8, 1e-3, 1e-2, 1e-1)}
+RULES = (
+    "identity",
+    "floor",
+    "relative",
+    "floor + relative",
+    "mean fraction",
+    "gradient norm",
+)
+FLAT = (1e-3, 1e-2, 1e-1, 1.0)
 loss = functools.partial(ends, name="best_loss")
 
 
-def _methods(optimizer):
-    base = {"optimizer": optimizer}
-    yield from ((base, damping) for damping in FLAT[optimizer])
-    for rule in (*LEARNED, *OTHERS):
+def _methods():
+    base = {"optimizer": "kfac"}
+    yield from ((base, damping) for damping in FLAT)
+    for rule in RULES:
         floor = 1e-4 if rule == "identity" else 1e-8
         yield base | {"learned": True, "rule": rule}, floor
-    if optimizer == "adam":
-        kept = base | {"form": "length"}
-        yield kept | {"learned": True, "rule": "relative"}, 1e-8
-        yield base | {"form": "avagrad"}, 0.1
-        yield {"optimizer": "sgd"}, 0.0
 
 
-def _runs(optimizer):
+def _runs():
     return [
         Run(
             train_scanned,
@@ -60,7 +60,7 @@ def _runs(optimizer):
             | {"learning_rate": rate, "seed": seed},
         )
         for task, sizes in TASKS.values()
-        for method, damping in _methods(optimizer)
+        for method, damping in _methods()
         for rate in RATES
         for seed in SEEDS
     ]
@@ -79,11 +79,8 @@ def _each(rows):
 
 
 def _name(method: Row, damping: float) -> str:
-    if method["optimizer"] == "sgd":
-        return "SGD"
-    form = f", {method['form']}" if "form" in method else ""
     rule = method.get("rule", "").replace("identity", "eq. 15")
-    return (rule or f"flat {damping:g}") + form
+    return rule or f"flat {damping:g}"
 
 
 def _heads(row):
@@ -171,30 +168,13 @@ def _at_best(found, rule, share):
         yield within(text, share, ours, theirs)
 
 
-def _kfac(found):
-    flat = [f"flat {x:g}" for x in FLAT["kfac"]]
+def _checks(found):
+    flat = [f"flat {x:g}" for x in FLAT]
     below = _below_all(found, "floor", [*flat, "eq. 15"])
     return [_trains(found, "floor"), below, *_at_best(found, "floor", 0.02)]
 
 
-def _adam(found):
-    checks = []
-    for task, rule in itertools.product(TASKS, ("floor", "relative, length")):
-        at = [_at_rates(found[task, name])[1e-3] for name in (rule, "flat 1e-08")]
-        text = f"{task}: {rule} at 0.001 within 1 % of Adam"
-        checks.append(within(text, 0.01, *map(loss, at)))
-    flat = [f"flat {x:g}" for x in FLAT["adam"]]
-    return [*checks, _below_all(found, "floor", flat)]
-
-
-_of = lambda name, optimizer, checks: Experiment(
-    name,
-    functools.partial(_runs, optimizer),
-    _heads,
-    _line,
-    checks,
-    [("linear", "regret"), ("linear", f"rates within 5 % (of {len(RATES)})")],
-    _rank,
-    _each,
-)
-EXPERIMENTS = [_of("rules_kfac", "kfac", _kfac), _of("rules_adam", "adam", _adam)]
+PICTURES = [("linear", "regret"), ("linear", f"rates within 5 % (of {len(RATES)})")]
+EXPERIMENTS = [
+    Experiment("rules_kfac", _runs, _heads, _line, _checks, PICTURES, _rank, _each)
+]
