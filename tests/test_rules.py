@@ -326,3 +326,41 @@ def test_kfac_and_lanczos_take_a_relative_damping():
         found, state = update(grads, start, params, damping=0.1, relative_damping=0.5)
         expected, _ = update(grads, start, params, damping=0.1 + 0.5 * mean(state))
         jax.tree.map(functools.partial(close, rtol=1e-4), found, expected)
+
+
+@pytest.mark.parametrize("learning_rate", [0.01, 0.1, 1.0])
+def test_lanczos_newton_trains_where_sharp_directions_are_left_out(learning_rate):
+    """Two Ritz pairs from a random start; eight directions are divided by delta."""
+    curvature = jnp.linspace(1, 10, 10)
+
+    def loss(params, batch):
+        return jnp.mean(batch) * jnp.sum(curvature * params**2) / 2
+
+    def end(rule):
+        measurer = rmtdamp.RitzMeasurer(loss, num_steps=2, start="random")
+        learner = DampingLearner(loss, rule=rule, floor=0.0)
+        tx = auto_damping(
+            rmtdamp.lanczos_newton(learning_rate, measurer),
+            learner,
+            learning_rate=learning_rate,
+            refresh_every=1,
+        )
+
+        @jax.jit
+        def run(params):
+            def step(carry, _):
+                params, state = carry
+                grads = jax.grad(loss)(params, ROWS)
+                updates, state = tx.update(grads, state, params, batch=ROWS)
+                return (optax.apply_updates(params, updates), state), None
+
+            return jax.lax.scan(step, (params, tx.init(params)), length=200)[0][0]
+
+        return optax.tree.norm(run(jnp.ones(10)))
+
+    @needs("max_eigenvalue")
+    def too_small(evidence):
+        return Shrinkage(learning_rate * evidence.max_eigenvalue / 20)
+
+    assert end(StabilityFloor()) < 0.1
+    assert not end(too_small) < 1e3
