@@ -190,7 +190,7 @@ def test_a_rate_that_nobody_gave_is_asked_for():
 
 
 def test_auto_adam_hands_its_rate_and_momentum_on():
-    rule = StabilityFloor(momentum=0.8, averaged=True)
+    rule = StabilityFloor(safety=2.0, momentum=0.8, averaged=True)
     tx = rmtdamp.auto_adam(0.2, learner_of(rule), b1=0.8)
     _, state = take_steps(tx, 1)
     close(get(state, "damping"), 2 * 0.2 * get(state, "max_eigenvalue") / 18)
