@@ -137,9 +137,13 @@ def auto_damping(
 
     A measurement that cannot be used (not finite, far from all before it, or without a
     valid damping) leaves the damping as it was and is counted. In the state, for
-    logging: `optax.tree.get(opt_state, name)` with "damping", "measured_variance",
-    "last_refresh", "refresh_attempts", "refresh_rejections", "refresh_caps",
-    "loss_mismatches"; `rmtdamp.check_state(opt_state)` puts into words what they say.
+    logging: `optax.tree.get(opt_state, name)` with "damping", "relative_damping",
+    "measured_variance", "max_eigenvalue", "last_refresh", "refresh_attempts",
+    "refresh_rejections", "refresh_caps", "loss_mismatches", "power_failures";
+    `rmtdamp.check_state(opt_state)` puts into words what they say.
+
+    A rule that needs the learning rate or the gradient decides anew in each step, on
+    what was last measured; all others decide when something is measured.
 
     When to measure by hand. `refresh_every=None` never measures in the step; call
     `rmtdamp.refresh` when it suits. Do so (a) for convolutional networks on a CPU,
