@@ -41,7 +41,9 @@ def first_update(tx, grads, **extras):
     return tx.update(grads, tx.init(grads), grads, **extras)[0]
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize(
+    "nesterov", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_at_1e_8_it_is_optax_adam_to_the_last_bit(nesterov):
     plain = run(optax.adam(1e-2, nesterov=nesterov))
     chex.assert_trees_all_equal(plain, run(adam_shrinkage(1e-2, nesterov=nesterov)))
@@ -129,10 +131,7 @@ FACTORIES = {
 
 @pytest.mark.parametrize(
     "name",
-    [
-        n if n in ("adam", "rmsprop, momentum") else pytest.param(n, marks=SLOW)
-        for n in FACTORIES
-    ],
+    [n if n == "adam" else pytest.param(n, marks=SLOW) for n in FACTORIES],
 )
 def test_with_damping_equals_the_factory_at_fixed_eps(name):
     build = FACTORIES[name]

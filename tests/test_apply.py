@@ -47,6 +47,7 @@ def test_unequal_batches_are_weighted_by_their_sizes():
     np.testing.assert_allclose(flat(matvec(VECTOR)), hessian @ flat(VECTOR), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_every_algorithm_takes_a_data_set():
     batches, passes = pieces(16, 13, 3), []
 

@@ -38,7 +38,10 @@ def quadratic(optimizer, damping, seed=0, size=6):
 
 @pytest.mark.parametrize(
     ("optimizer", "damping", "divided", "factor"),
-    [("sgd", 0.0, 1.0, 1.9), ("adam", 1e60, 1e60, 19.0)],
+    [
+        ("sgd", 0.0, 1.0, 1.9),
+        pytest.param("adam", 1e60, 1e60, 19.0, marks=pytest.mark.slow),
+    ],
 )
 def test_the_rate_found_on_a_quadratic_brackets_the_predicted_one(
     optimizer, damping, divided, factor
@@ -126,6 +129,7 @@ def network():
     return problem, params, kfac.init(params), divide
 
 
+@pytest.mark.slow
 def test_kfac_divides_by_what_it_is_said_to_divide_by(network):
     """Q (Q^T v / D), against the transformation's own update."""
     problem, params, opt_state, divide = network
@@ -143,6 +147,7 @@ def test_kfac_divides_by_what_it_is_said_to_divide_by(network):
     )
 
 
+@pytest.mark.slow
 def test_kfac_sees_the_eigenvalue_of_the_dense_matrix(network):
     """lambda_max of P^-1 H: dense, by iterating the update, and as measured."""
     problem, params, opt_state, divide = network

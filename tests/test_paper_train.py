@@ -75,7 +75,9 @@ def test_each_optimiser_trains(tiny, optimizer, learned):
     assert len(row["epoch"]) == 3
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "kfac"])
+@pytest.mark.parametrize(
+    "optimizer", ["adam", pytest.param("kfac", marks=pytest.mark.slow)]
+)
 def test_by_hand_or_in_the_step_the_numbers_are_the_same(tiny, optimizer):
     task = training.Task(**TASK)
     periods = {"refresh_every": 3, "factors_every": 2, "eigen_every": 2}
@@ -117,6 +119,7 @@ def layered(size=(2, 3)):
     return params, matrices, {"a": slice(size[0]), "b": slice(size[0], None)}
 
 
+@pytest.mark.slow
 def test_row_moments_are_those_of_the_dense_rows():
     """On average over all probes of signs, on which they depend."""
     params, matrices, places = layered()

@@ -284,7 +284,7 @@ def trained(rule, steps=12, learning_rate=0.05, **change):
     return params, state, np.array(dampings)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1e3])
+@pytest.mark.parametrize("scale", [1e-3, pytest.param(1e3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule", [StabilityFloor(), MeanFraction(0.5)], ids=str)
 def test_the_loss_in_another_unit_takes_the_same_path(rule, scale):
     params, _, dampings = trained(rule)
@@ -328,7 +328,10 @@ def test_kfac_and_lanczos_take_a_relative_damping():
         jax.tree.map(functools.partial(close, rtol=1e-4), found, expected)
 
 
-@pytest.mark.parametrize("learning_rate", [0.01, 0.1, 1.0])
+SLOW_RATES = [pytest.param(x, marks=pytest.mark.slow) for x in (0.01, 0.1)]
+
+
+@pytest.mark.parametrize("learning_rate", [*SLOW_RATES, 1.0])
 def test_lanczos_newton_trains_where_sharp_directions_are_left_out(learning_rate):
     """Two Ritz pairs from a random start; eight directions are divided by delta."""
     curvature = jnp.linspace(1, 10, 10)

@@ -256,6 +256,7 @@ def test_whole_matrices_of_a_batch_that_microbatches_do_not_divide(count):
     np.testing.assert_allclose(found.outliers.eigenvalues, seen, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_whole_matrix_is_chosen_for_few_parameters_and_by_hand():
     loss_fn = lambda params, batch: jnp.mean((batch @ params) ** 2) / 2
     batch = jax.random.normal(jax.random.key(0), (8, 1001))
@@ -584,6 +585,7 @@ def test_a_log_has_a_line_for_a_stage_that_lasts_and_none_for_others(monkeypatch
     assert file.getvalue() == "rmtdamp: long (3 steps) ...\n"
 
 
+@pytest.mark.slow
 def test_each_stage_is_announced_before_it_compiles(target, capsys, monkeypatch):
     """No stage waits in silence: what is slow has its line, here with no patience."""
     monkeypatch.setattr(Lines, "patience", 0.0)

@@ -225,6 +225,7 @@ def test_diagonal_is_unbiased(method):
         chex.assert_trees_all_close(variance, closed, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_hutchinson_variance_in_closed_form():
     matrix = symmetric(jax.random.key(0), 1, 30)[0]
     found = over_keys(trace, matrix, 4000, num_probes=5)
@@ -276,6 +277,7 @@ def test_products_are_counted(estimator, method, traced):
         assert len(calls) == num_probes
 
 
+@pytest.mark.slow
 def test_standard_errors_are_nan_where_they_cannot_be_known():
     matvec = dense(decaying(jax.random.key(0)))
     run = lambda **options: trace(matvec, jnp.zeros(40), jax.random.key(0), **options)
@@ -356,6 +358,7 @@ def test_narrow_dtypes(method, dtype, rtol):
     assert jnp.all(jnp.abs(error) < 6 * one.stderr["b"] + 10 * rtol)
 
 
+@pytest.mark.slow
 def test_keys_may_be_raw_and_matvecs_may_be_mapped():
     matrix = decaying(jax.random.key(0), 10)
     for method in TRACE:
