@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._tree import accumulation_dtype, random_like
+from ._tree import accumulation_dtype, norm, random_like, scale
 from ._types import Key, Params
 
 # Leaves of at most so many elements are joined: as a float32, a quarter of a megabyte.
@@ -132,3 +132,13 @@ def magnitude(vector: Params) -> jax.Array:
     largest = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(vector)]
     largest = functools.reduce(jnp.maximum, largest)
     return jnp.where(largest > 0, largest, 1)
+
+
+def normalised(vector: Params) -> tuple[Params, jax.Array]:
+    """X / ||x|| and ||x||, also where the square is out of range; zero stays zero."""
+    unit = magnitude(vector)
+    x = scale(1 / unit, vector)
+    length = norm(x)
+    positive = length > 0
+    x = scale(jnp.where(positive, 1 / jnp.where(positive, length, 1), 0), x)
+    return x, unit * length

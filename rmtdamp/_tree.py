@@ -46,6 +46,12 @@ def norm(x: Params) -> jax.Array:
     return jnp.sqrt(vdot(x, x))
 
 
+def mean(x: Params) -> jax.Array:
+    """The mean over all elements of all leaves, a scalar; 0 where there are none."""
+    total = sum(map(jnp.sum, jax.tree.leaves(x)), jnp.zeros(()))
+    return total / max(size(x), 1)
+
+
 def scale(factor: jax.Array, x: Params) -> Params:
     """`factor` times `x`, each leaf in its own dtype."""
     return jax.tree.map(lambda a: a * factor.astype(a.dtype), x)

@@ -85,11 +85,7 @@ def _weighted(factors, vectors):
     return jax.tree.map(lambda *xs: functools.reduce(jnp.add, xs), *terms)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["factors", "matvecs"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Sum:
     """The matvec of sum_i c_i A_i."""
@@ -279,11 +275,7 @@ def _selected(found, params, vector):
     return jax.tree.map(keep, params, vector, found)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["matvec", "params"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Block:
     """The matvec of a diagonal block: a vector is None where a leaf is left out."""

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmtdamp._basis import draw, magnitude
+from rmtdamp._basis import draw, magnitude, normalised
 from rmtdamp._jax import is_traced
-from rmtdamp._tree import check_params, norm, scale
+from rmtdamp._tree import check_params
 from rmtdamp._types import Key, Matvec, Params
 
 from ._apply import multiply
@@ -71,8 +71,7 @@ def _probe(key, i, like):
 
 @jax.jit
 def _length(vector):
-    unit = magnitude(vector)
-    return unit * norm(scale(1 / unit, vector))
+    return normalised(vector)[1]
 
 
 @jax.jit

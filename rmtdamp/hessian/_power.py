@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmtdamp._basis import draw, magnitude, pack, unpack
+from rmtdamp._basis import draw, magnitude, normalised, pack, unpack
 from rmtdamp._jax import is_traced
-from rmtdamp._tree import aligned, check_params, norm, scale, vdot
+from rmtdamp._tree import aligned, check_params, norm, vdot
 from rmtdamp._types import Key, Matvec, Params
 
 from ._apply import multiply
@@ -35,10 +35,8 @@ class _Carry(NamedTuple):
 @jax.jit
 def _unit(root, vector):
     """The vector at unit norm, and what the matvec is to see of it."""
-    x = scale(1 / magnitude(vector), vector)
     # A product of zero (the matrix is zero, or the shift has made it so) stays zero.
-    length = norm(x)
-    x = scale(jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0), x)
+    x, _ = normalised(vector)
     return x, (x if root is None else jax.tree.map(jnp.multiply, root, x))
 
 

@@ -44,6 +44,12 @@ def _mean(matrices) -> np.ndarray:
     return np.asarray(np.mean(matrices, axis=0, dtype=np.float64))
 
 
+def _density(matrix: np.ndarray, like: SpectralDensity) -> SpectralDensity:
+    """The spectrum of a matrix whose eigenvectors nobody asks for."""
+    values = np.linalg.eigvalsh((matrix + matrix.T) / 2)
+    return SpectralDensity.from_eigenvalues(jnp.asarray(values, like.nodes.dtype))
+
+
 def exact(
     loss_fn: LossFn,
     params: Params,
@@ -81,25 +87,19 @@ def exact(
     watch.stage("eigenvalues of the whole Hessian")
     pairs = eigh(whole, params)
     density = SpectralDensity.from_eigenvalues(pairs.eigenvalues)
-    batch_density = density
-    if not batch_only:
-        batch_density = SpectralDensity.from_eigenvalues(
-            eigh(batch, params).eigenvalues
-        )
-    layers = {}
+    batch_density = density if batch_only else _density(batch, density)
+    layers, matvec = {}, dense_matvec(whole, params)
     for name, chosen in blocks.items():
-        _, part = restrict(dense_matvec(whole, params), params, chosen)
+        _, part = restrict(matvec, params, chosen)
         held = jax.tree.map(lambda x, v: np.full(x.size, v is not None), params, part)
         inside = np.flatnonzero(np.concatenate(jax.tree.leaves(held)))
-        block = eigh(whole[np.ix_(inside, inside)], part)
-        layers[name] = SpectralDensity.from_eigenvalues(block.eigenvalues)
+        layers[name] = _density(whole[np.ix_(inside, inside)], density)
     watch.stage("outliers of the first batch")
     wide = min(k + SPARE, p // 4)
     judged = (
         eigh(matrix, params).leading(wide, "LM") for matrix in ((a + b) / 2, a, b)
     )
     found = outliers(compare_halves(*judged, k=min(k, p // 4)))
-    noise = eigh((a - b) / 2, params)
     return {
         "trace": Estimate(jnp.asarray(np.trace(whole)), jnp.zeros(())),
         "largest": pairs.leading(1, "LA"),
@@ -108,7 +108,7 @@ def exact(
         "density": density,
         "moments": dense_moments(parts, microbatch_size=count // n, batch_size=count),
         "outliers": found,
-        "noise_density": SpectralDensity.from_eigenvalues(noise.eigenvalues),
+        "noise_density": _density((a - b) / 2, density),
         "batch_density": batch_density,
         "layers": layers,
     }

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from rmtdamp._checks import check_choice
-from rmtdamp._tree import norm, size
+from rmtdamp._tree import mean, norm, size
 
 Form = Literal["damping", "shrinkage", "length", "avagrad"]
 
@@ -107,11 +107,6 @@ def with_damping(
         return optax.GradientTransformationExtraArgs(init, update)
 
     return damped_factory
-
-
-def _mean(tree) -> jax.Array:
-    leaves = jax.tree.leaves(tree)
-    return sum(map(jnp.sum, leaves), jnp.zeros(())) / max(size(tree), 1)
 
 
 def _quotient(x, y) -> jax.Array:
@@ -221,7 +216,7 @@ def scale_by_adam_shrinkage(
         if damping_target is None:
             damping_target = fallback_target
         if relative_damping is not None:
-            damping = damping + relative_damping * _mean(root(state))
+            damping = damping + relative_damping * mean(root(state))
         rescaled = lambda eps: _update_damped(
             adam, eps, updates, state, params, extra_args
         )

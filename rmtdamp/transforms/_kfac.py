@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from rmtdamp._checks import check_choice, check_every
-from rmtdamp._tree import vdot
+from rmtdamp._tree import mean, vdot
 from rmtdamp.kronecker import Block, Eigenbasis, FactorsFn, from_matrix, to_matrix
 
 from ._kronecker import KroneckerMeasurer, KroneckerState
@@ -318,9 +318,7 @@ def _mean(state: KroneckerState) -> jax.Array:
     values = state.scales or [
         damped_eigenvalues(basis, jnp.zeros(())) for basis in state.bases
     ]
-    found = [*values, *state.diagonal]
-    total = sum(map(jnp.sum, found), jnp.zeros(()))
-    return total / max(sum(x.size for x in found), 1)
+    return mean([*values, *state.diagonal])
 
 
 def _quotient(numerator, curvature, damping, size):

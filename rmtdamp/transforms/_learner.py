@@ -7,17 +7,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from rmtdamp._basis import magnitude
+from rmtdamp._basis import normalised
 from rmtdamp._checks import check_range
 from rmtdamp._jax import is_traced, matmul_precision
-from rmtdamp._tree import (
-    accumulation_dtype,
-    norm,
-    num_examples,
-    random_like,
-    scale,
-    vdot,
-)
+from rmtdamp._tree import accumulation_dtype, num_examples, random_like, vdot
 from rmtdamp._types import Execution, LossFn, Mode, Params
 from rmtdamp.damping import (
     DampingRule,
@@ -133,12 +126,11 @@ class DampingLearner:
         """
         needed = needs_of(self.rule)
         traced = is_traced(context, measured)
+        learn = _learn if traced else _compiled_learn
         value = None
         if "max_eigenvalue" in needed:
-            power = _power if traced else _powered_eagerly
-            value, measured = power(self, measured, context)
+            value, measured = _powered(self, measured, context)
         if "moments" not in needed:
-            learn = _learn if traced else _compiled_learn
             return learn(self, measured, None, value, context, None)
         count = num_examples(context.batch)
         num = min(self.num_microbatches, count)
@@ -168,7 +160,6 @@ class DampingLearner:
             mode=self.mode,
             stderr=False,  # nobody reads it here, and it costs n vectors of memory
         )
-        learn = _learn if traced else _compiled_learn
         return learn(self, measured, found, value, context, batch)
 
     def decide(self, measured: LearnedDamping, known: Evidence) -> LearnedDamping:
@@ -190,63 +181,46 @@ _FIRST_PRODUCTS = 8
 def _start(seed, params):
     dtype = accumulation_dtype(params)
     like = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), params)
-    vector = random_like(jax.random.key(seed), like, jax.random.normal)
-    return scale(1 / norm(vector), vector)
+    return normalised(random_like(jax.random.key(seed), like, jax.random.normal))[0]
 
 
-def _power_step(learner, params, batch, loss_args, vector):
+@jax.jit
+def _power_step(learner, context, vector):
     """One product of a power iteration: ||H v||, the next v, whether it has settled."""
     found = hvp(
         learner.loss_fn,
-        params,
-        batch,
+        context.params,
+        context.batch,
         vector,
-        loss_args=loss_args,
+        loss_args=context.loss_args,
         precision=learner.precision,
         mode=learner.mode,
     )
     found = jax.tree.map(lambda x, v: x.astype(v.dtype), found, vector)
-    unit = magnitude(found)
-    found = scale(1 / unit, found)
-    length = norm(found)
-    value = length * unit
-    good = jnp.isfinite(value) & (length > 0)
-    settled = jnp.abs(vdot(vector, found)) > 0.9 * length
-    vector = jax.tree.map(
-        lambda x, v: jnp.where(good, x / jnp.where(good, length, 1), v), found, vector
-    )
-    return jnp.where(good, value, jnp.nan), vector, settled
-
-
-_compiled_power_step = jax.jit(_power_step)
-
-
-def _after_power(measured, value, vector, settled):
-    failed = (~settled).astype(jnp.int32)
-    return value, measured._replace(
-        eigenvector=vector, power_failures=measured.power_failures + failed
+    following, value = normalised(found)
+    good = jnp.isfinite(value) & (value > 0)
+    settled = jnp.abs(vdot(vector, following)) > 0.9
+    keep = lambda x, v: jnp.where(good, x, v)
+    return (
+        jnp.where(good, value, jnp.nan),
+        jax.tree.map(keep, following, vector),
+        settled,
     )
 
 
-def _power(learner, measured, context):
-    arguments = learner, context.params, context.batch, context.loss_args
+def _powered(learner, measured, context):
+    """||H v|| of the last product, and the state that the next one goes on from."""
+    take = lambda _, carry: _power_step(learner, context, carry[1])
     count = jnp.where(measured.refresh_attempts == 0, _FIRST_PRODUCTS, 1)
-    empty = jnp.zeros((), measured.max_eigenvalue.dtype), jnp.zeros((), bool)
-    value, vector, settled = jax.lax.fori_loop(
-        0,
-        count,
-        lambda _, carry: _power_step(*arguments, carry[1]),
-        (empty[0], measured.eigenvector, empty[1]),
-    )
-    return _after_power(measured, value, vector, settled)
-
-
-def _powered_eagerly(learner, measured, context):
-    arguments = learner, context.params, context.batch, context.loss_args
-    value, settled, vector = None, True, measured.eigenvector
-    for _ in range(_FIRST_PRODUCTS if measured.refresh_attempts == 0 else 1):
-        value, vector, settled = _compiled_power_step(*arguments, vector)
-    return _after_power(measured, value, vector, jnp.asarray(settled))
+    carry = jnp.zeros_like(measured.max_eigenvalue), measured.eigenvector, jnp.bool(0)
+    if is_traced(measured, context):
+        carry = jax.lax.fori_loop(0, count, take, carry)
+    else:
+        for i in range(int(count)):
+            carry = take(i, carry)
+    value, vector, settled = carry
+    failures = measured.power_failures + (~settled).astype(jnp.int32)
+    return value, measured._replace(eigenvector=vector, power_failures=failures)
 
 
 @jax.jit
