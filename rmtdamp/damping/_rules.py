@@ -1,0 +1,354 @@
+"""What is known -> Shrinkage: the rules, each with its source."""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rmtdamp._checks import check_range
+from rmtdamp.hessian import HessianMoments
+from rmtdamp.stability import stable_learning_rate
+
+from ._shrinkage import Shrinkage
+
+
+class Evidence(NamedTuple):
+    """What is known when a damping is decided; what nobody measured or gave is NaN.
+
+    The first three are averaged over measurements, as in `HessianMoments`, whose place
+    it can take. [H]: the unit of a Hessian eigenvalue.
+    """
+
+    mean: Any = jnp.nan  # (), nu = P^-1 Tr H, in [H]
+    square: Any = jnp.nan  # (), P^-1 Tr H^2, in [H]^2
+    variance: Any = jnp.nan  # (), m = P^-1 Tr Var(H), in [H]^2
+    max_eigenvalue: Any = jnp.nan  # (), largest |lambda| of H, see `learn_damping`
+    learning_rate: Any = jnp.nan  # (), alpha of this step
+    gradient_norm: Any = jnp.nan  # (), Euclidean, of this step's gradient
+    damping: Any = jnp.nan  # (), delta in force
+
+    @property
+    def dispersion(self) -> jax.Array:
+        """d^2 = P^-1 ||H - nu I||_F^2."""
+        return self.square - self.mean**2
+
+
+DampingRule = Callable[[Evidence], Shrinkage]
+
+MEASURED = frozenset({"moments", "max_eigenvalue"})
+_KNOWN = MEASURED | {"learning_rate", "gradient_norm"}
+
+
+def needs(*names: str) -> Callable[[Callable], Callable]:
+    """A decorator that says what a rule needs to be told; without it, "moments".
+
+    Only what is needed is measured. "moments" and "max_eigenvalue" are measured at a
+    refresh, "learning_rate" and "gradient_norm" are known at each step, and a rule that
+    needs one of these decides at each step.
+
+    Args:
+        *names: of these four.
+
+    Returns:
+        The decorator.
+
+    Raises:
+        ValueError: another name.
+
+    Example:
+        >>> from rmtdamp.damping import Shrinkage, needs
+        >>> @needs("learning_rate")
+        ... def proportional(evidence):
+        ...     return Shrinkage(10 * evidence.learning_rate)
+        >>> sorted(proportional.needs)
+        ['learning_rate']
+    """
+    for name in names:
+        if name not in _KNOWN:
+            raise ValueError(
+                f"a rule cannot need {name!r}: choose from {', '.join(sorted(_KNOWN))}"
+            )
+
+    def mark(rule):
+        rule.needs = frozenset(names)
+        return rule
+
+    return mark
+
+
+def needs_of(rule: DampingRule) -> frozenset[str]:
+    """What a rule needs to be told, see `needs`."""
+    return getattr(rule, "needs", frozenset({"moments"}))
+
+
+def decides_in_the_step(rule: DampingRule) -> bool:
+    """Whether a rule is asked in each step; one that is told moments alone is not."""
+    needed = needs_of(rule)
+    return not needed or not needed <= MEASURED
+
+
+def is_relative(rule: DampingRule) -> bool:
+    """Whether a rule decides on a `Shrinkage.relative`; it is asked, of nothing."""
+    found: list[Any] = []
+    jax.eval_shape(lambda: found.append(rule(Evidence())))
+    relative = getattr(found[0], "relative", 0.0)
+    return not (isinstance(relative, float) and relative == 0)
+
+
+def identity_target(moments: HessianMoments | Evidence) -> Shrinkage:
+    """Eq. 15: delta = m, towards the unit matrix.
+
+    Leading order for a Hessian of low rank. The exact minimiser divides m by
+    1 - 2 nu + P^-1 Tr H^2, which was 0.99 to 1.005 on real networks. Not equivariant:
+    a loss multiplied by c has c^2 times the damping and c times the curvature.
+
+    Args:
+        moments: what `rmtdamp.hessian.moments` measured.
+
+    Returns:
+        `Shrinkage(damping=m, target=1)`.
+
+    Example:
+        >>> from rmtdamp import identity_target
+        >>> from rmtdamp.hessian import HessianMoments
+        >>> identity_target(HessianMoments(0.1, 0.5, 0.02))
+        Shrinkage(damping=0.02, target=1.0, relative=0.0)
+
+    References:
+        Granziol and Baskerville, eq. 15.
+    """
+    return Shrinkage(moments.variance, 1.0)
+
+
+def scaled_identity_target(moments: HessianMoments | Evidence) -> Shrinkage:
+    """Ledoit and Wolf's form: delta = nu m / d^2, towards nu I.
+
+    nu is the mean eigenvalue and d^2 = P^-1 ||H - nu I||_F^2. Scale-equivariant: a loss
+    multiplied by c has c times the damping, as it has c times the curvature.
+
+    Args:
+        moments: what `rmtdamp.hessian.moments` measured. With few probes d^2 is noisy
+            and a mean of ratios is far off: average moments, not dampings, as
+            `DampingLearner` does.
+
+    Returns:
+        `Shrinkage(damping, target=nu)`; damping is infinite where d^2 <= 0 (nothing but
+        noise) and NaN where nu <= 0 (no such target makes sense).
+
+    Example:
+        >>> from rmtdamp import scaled_identity_target
+        >>> from rmtdamp.hessian import HessianMoments
+        >>> rule = scaled_identity_target(HessianMoments(0.1, 0.51, 0.02))
+        >>> print(f"{rule.damping:.3f} {rule.target:.1f}")
+        0.004 0.1
+
+    References:
+        Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance
+        matrices, 2004, with the target of Granziol and Baskerville's section 7
+        replaced by the best multiple of the unit matrix.
+    """
+    nu, d2 = moments.mean, moments.dispersion
+    signal = d2 > 0
+    damping = jnp.where(
+        signal, nu * moments.variance / jnp.where(signal, d2, 1), jnp.inf
+    )
+    return Shrinkage(jnp.where(nu > 0, damping, jnp.nan), nu)
+
+
+def relative_target(moments: HessianMoments | Evidence) -> Shrinkage:
+    r"""Ledoit and Wolf's intensity, towards the mean of the preconditioner itself.
+
+    1 - beta = m / (m + d^2), the share of noise in the measured curvature, is a number
+    without unit. A preconditioner B (KFAC's eigenvalues, Adam's sqrt(v)) is shrunk by
+    it towards its own mean eigenvalue tau_B: delta = kappa tau_B, kappa = m / d^2.
+    Multiplying the loss by c changes delta as it changes B, and parameters that the
+    loss ignores change nothing.
+
+    Args:
+        moments: what `rmtdamp.hessian.moments` measured, averaged as for
+            `scaled_identity_target`.
+
+    Returns:
+        `Shrinkage(0, 1, relative=kappa)`; infinite where d^2 <= 0.
+
+    Example:
+        >>> from rmtdamp.damping import relative_target
+        >>> from rmtdamp.hessian import HessianMoments
+        >>> print(f"{relative_target(HessianMoments(0.1, 0.51, 0.25)).relative:.1f}")
+        0.5
+
+    References:
+        Ledoit and Wolf, 2004, and eq. 13, with B in place of H.
+    """
+    d2 = moments.dispersion
+    signal = d2 > 0
+    ratio = moments.variance / jnp.where(signal, d2, 1)
+    return Shrinkage(0.0, 1.0, jnp.where(signal, ratio, jnp.inf))
+
+
+@dataclasses.dataclass(frozen=True)
+class StabilityFloor:
+    r"""The least damping at which no direction runs away: delta = c alpha lambda/(2 f).
+
+    A direction that the preconditioner believes flat (B near 0 there) moves at
+    alpha / delta. Gradient descent with the same momentum is stable up to a rate of
+    2 f / lambda_max(H) (`stable_learning_rate`), f = 1 + rho for momentum that sums,
+    (1 + b1) / (1 - b1) for one that averages. So delta = alpha lambda_max / (2 f) is
+    the smallest damping that is safe wherever B is blind, and c = `safety` times it
+    leaves room for a lambda_max that changes between measurements and from batch to
+    batch: with KFAC on digits, 8 trained at all rates from 0.001 to 0.3, and 2 at some.
+
+    It follows the learning rate and the scale of the loss, and does not depend on the
+    number of parameters. Its unit is that of a Hessian eigenvalue, right for KFAC and
+    Lanczos-Newton, times the learning rate; in Adam that is a gradient.
+
+    Args:
+        safety: c.
+        momentum: rho or b1 of the optimiser, in [0, 1).
+        averaged: whether momentum averages, as Adam's does, or sums.
+
+    Raises:
+        ValueError: a number out of its range.
+
+    Example:
+        >>> from rmtdamp.damping import Evidence, StabilityFloor
+        >>> rule = StabilityFloor(safety=2.0)
+        >>> known = Evidence(max_eigenvalue=19.0, learning_rate=0.01)
+        >>> print(f"{rule(known).damping:.3f}")
+        0.100
+
+    References:
+        Granziol and Baskerville, section 8, eq. 17, read as a rule.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"max_eigenvalue", "learning_rate"})
+
+    safety: float = 8.0
+    momentum: float = 0.9
+    averaged: bool = False
+
+    def __post_init__(self):
+        check_range("safety", self.safety, lambda x: x > 0, "above 0")
+        check_range("momentum", self.momentum, lambda x: 0 <= x < 1, "in [0, 1)")
+
+    def __call__(self, evidence: Evidence) -> Shrinkage:
+        """The damping, towards the largest eigenvalue itself."""
+        stable = stable_learning_rate(
+            evidence.max_eigenvalue, momentum=self.momentum, averaged=self.averaged
+        )
+        damping = self.safety * evidence.learning_rate / stable
+        return Shrinkage(damping, evidence.max_eigenvalue)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanFraction:
+    """A fraction of the preconditioner's mean eigenvalue, delta = c tau_B.
+
+    Args:
+        fraction: c; 0.1 is what influence functions for large models take.
+
+    Example:
+        >>> from rmtdamp.damping import Evidence, MeanFraction
+        >>> print(MeanFraction(0.25)(Evidence()).relative)
+        0.25
+
+    References:
+        Grosse et al., Studying large language model generalization with influence
+        functions, 2023.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    fraction: float = 0.1
+
+    def __call__(self, evidence: Evidence) -> Shrinkage:
+        """The fraction."""
+        del evidence
+        return Shrinkage(0.0, 1.0, self.fraction)
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientNorm:
+    """Delta = (c ||g||)^1/2, the regularised Newton method's.
+
+    Args:
+        constant: c, half the Lipschitz constant of the Hessian where that is known.
+
+    Example:
+        >>> from rmtdamp.damping import Evidence, GradientNorm
+        >>> print(GradientNorm(0.5)(Evidence(gradient_norm=8.0)).damping)
+        2.0
+
+    References:
+        Mishchenko, Regularized Newton method with global O(1/k^2) convergence, 2021.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gradient_norm"})
+
+    constant: float = 0.1
+
+    def __call__(self, evidence: Evidence) -> Shrinkage:
+        """The damping, towards 1."""
+        return Shrinkage(jnp.sqrt(self.constant * evidence.gradient_norm), 1.0)
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Sum:
+    """Several rules' dampings added, towards the first one's target.
+
+    Args:
+        *rules: of one unit; what two of them need is measured once.
+
+    Example:
+        >>> from rmtdamp.damping import Evidence, GradientNorm, MeanFraction, Sum
+        >>> rule = Sum(GradientNorm(0.5), MeanFraction(0.1))
+        >>> found = rule(Evidence(gradient_norm=8.0))
+        >>> print(found.damping, found.relative)
+        2.0 0.1
+    """
+
+    rules: tuple[DampingRule, ...]
+
+    def __init__(self, *rules: DampingRule):
+        object.__setattr__(self, "rules", rules)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """All that one of them needs."""
+        return frozenset().union(*map(needs_of, self.rules))
+
+    def _combined(self, evidence: Evidence, combine) -> Shrinkage:
+        found = [rule(evidence) for rule in self.rules]
+        return Shrinkage(
+            functools.reduce(combine, [x.damping for x in found]),
+            found[0].target,
+            functools.reduce(combine, [x.relative for x in found]),
+        )
+
+    def __call__(self, evidence: Evidence) -> Shrinkage:
+        """Their sum."""
+        return self._combined(evidence, operator.add)
+
+
+class Maximum(Sum):
+    """The largest of several rules' dampings, towards the first one's target.
+
+    Dampings with a unit and relative ones are compared among themselves.
+
+    Args:
+        *rules: of one unit; what two of them need is measured once.
+
+    Example:
+        >>> from rmtdamp.damping import Evidence, GradientNorm, Maximum
+        >>> rule = Maximum(GradientNorm(0.5), GradientNorm(2.0))
+        >>> print(rule(Evidence(gradient_norm=8.0)).damping)
+        4.0
+    """
+
+    def __call__(self, evidence: Evidence) -> Shrinkage:
+        """Their maximum."""
+        return self._combined(evidence, jnp.maximum)
