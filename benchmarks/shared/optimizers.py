@@ -2,15 +2,17 @@
 
 A method is what is compiled, its numbers are traced; whoever uses a damping is wrapped
 in what holds or learns it. Measurements (the damping, KFAC's factors) are made by
-`refreshed`, at the multiples of a period and, as in the paper, at no other step: in a
-scan, or from Python, since XLA:CPU runs convolutions thirty times slower inside a
-conditional.
+`refreshed`, at the multiples of a period and, as in the paper, at no other step unless
+`early` asks for them: in a scan, or from Python, since XLA:CPU runs convolutions thirty
+times slower inside a conditional.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import optax
+import optax.contrib
 
 import rmtdamp
 from rmtdamp.damping import (
@@ -44,6 +46,7 @@ class Method(NamedTuple):
     factors_every: int = 10  # steps between those of KFAC's factors
     eigen_every: int = 10  # of these between eigendecompositions
     layers: str | None = None  # a damping for each layer: "block" or "rows"
+    early: bool = False  # measure at steps 1, 2, 4, ... too, as in the library's step
 
 
 class Numbers(NamedTuple):
@@ -98,16 +101,19 @@ OPTIMIZERS = DAMPED | {
     "gd": lambda rate, *_: optax.sgd(rate),
     "sgd": _sgd,
     "lanczos": _lanczos,
+    "muon": lambda rate, *_: optax.contrib.muon(rate),
 }
 
 
 def rule_of(method: Method):
     """The rule of that name; a floor knows the optimiser's momentum."""
-    floor = StabilityFloor(momentum=MOMENTUM, averaged=method.optimizer == "adam")
+    averaged = method.optimizer == "adam"
+    floor = functools.partial(StabilityFloor, momentum=MOMENTUM, averaged=averaged)
     rules = RULES | {
-        "floor": floor,
+        "floor": floor(),
+        "aware floor": floor(safety=8.0 if averaged else 64.0, preconditioned=True),
         "relative": relative_target,
-        "floor + relative": Sum(floor, relative_target),
+        "floor + relative": Sum(floor(), relative_target),
         "mean fraction": MeanFraction(0.1),
         "gradient norm": GradientNorm(0.1),
     }
@@ -155,9 +161,10 @@ def refreshed(method, network, numbers, carry, batch, step):
         measure = lambda state, measurer=measurer: rmtdamp.refresh(
             state, measurer, params, batch, loss_args=loss_args
         )
+        is_due = rmtdamp.transforms.is_due if method.early else lambda i, n: i % n == 0
         if isinstance(step, jax.Array):
-            state = jax.lax.cond(step % every == 0, measure, lambda x: x, state)
-        elif step % every == 0:
+            state = jax.lax.cond(is_due(step, every), measure, lambda x: x, state)
+        elif is_due(step, every):
             state = measure(state)
     return params, loss_args, state
 

@@ -279,5 +279,6 @@ def train_scanned(
     row = {name: done.curves[name] for name in ("step", *names)}
     curves = np.transpose(done.curves["damping"]).tolist()
     names = sorted(split_layers(done.params)) if layers else ()
-    row["damping_curve"] = dict(zip(names, curves)) if layers else curves[0]  # noqa: B905
+    held = zip(names, curves, strict=False)
+    row["damping_curve"] = dict(held) if layers else next(iter(curves), [])
     return row | {"refused": int(sum(dampings(done.opt_state, "refresh_rejections")))}

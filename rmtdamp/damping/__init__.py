@@ -28,9 +28,11 @@ below is rules, and the averaging along a training run of what they are told.
 
 from ._learned import (
     LearnedDamping,
+    Probe,
     decide_damping,
     initial_damping,
     learn_damping,
+    settle_probe,
 )
 from ._rules import (
     MEASURED,
@@ -64,6 +66,7 @@ __all__ = [
     "LearnedDamping",
     "Maximum",
     "MeanFraction",
+    "Probe",
     "Shrinkage",
     "StabilityFloor",
     "Sum",
@@ -79,5 +82,6 @@ __all__ = [
     "needs_of",
     "relative_target",
     "scaled_identity_target",
+    "settle_probe",
     "shrinkage_from_damping",
 ]

@@ -1,10 +1,13 @@
 """What a run learns: measurements averaged, a rule asked, a damping in force."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from rmtdamp._basis import normalised
+from rmtdamp._tree import vdot
 from rmtdamp._types import Params
 from rmtdamp.hessian import HessianMoments
 
@@ -15,8 +18,18 @@ from ._shrinkage import Shrinkage, damping_from_shrinkage
 _JUMP = 10.0
 
 
+class Probe(NamedTuple):
+    """A power iteration on (B + delta)^-1 H, between its two halves."""
+
+    vector: Params  # v, of unit norm
+    product: Params  # H v / ||H v||
+    scale: jax.Array  # (), ||H v||
+    kept: jax.Array  # (), what is left of the eigenvalue before
+    waits: jax.Array  # (), bool, whether this product has not been used
+
+
 class LearnedDamping(NamedTuple):
-    """The damping in force and what led to it; every field but the last is a scalar.
+    """The damping in force and what led to it; all but the last two fields are scalars.
 
     Field names are distinctive, so that `optax.tree.get(opt_state, "damping")` finds
     each of them in any chain.
@@ -30,6 +43,7 @@ class LearnedDamping(NamedTuple):
     average_dispersion: jax.Array  # decayed average of d^2, NaN before
     average_variance: jax.Array  # decayed average of m, NaN before
     max_eigenvalue: jax.Array  # largest |lambda| of H, see `learn_damping`, NaN before
+    effective_eigenvalue: jax.Array  # see `settle_probe`, NaN before
     last_refresh: jax.Array  # int32, step of the last attempt, -1 before
     refresh_attempts: jax.Array  # int32, measurements made
     refresh_rejections: jax.Array  # int32, of which changed nothing
@@ -37,6 +51,7 @@ class LearnedDamping(NamedTuple):
     loss_mismatches: jax.Array  # int32, of which found a loss that is no mean
     power_failures: jax.Array  # int32, of which the power iteration had not settled
     eigenvector: Params = None  # where the power iteration is; None where none is asked
+    probe: Any = None  # a `Probe`, of a power iteration that waits for a preconditioner
 
     def problems(self) -> list[str]:
         """What a user should know of a run, in words; eager."""
@@ -66,7 +81,9 @@ class LearnedDamping(NamedTuple):
         return found
 
 
-def initial_damping(damping, dtype, eigenvector: Params = None) -> LearnedDamping:
+def initial_damping(
+    damping, dtype, eigenvector: Params = None, probe: Params = None
+) -> LearnedDamping:
     """Before any measurement: `damping` in force, towards 1."""
     # Copies, one per field: a training step may donate the state, which deletes its
     # buffers and refuses to see one of them twice.
@@ -81,6 +98,7 @@ def initial_damping(damping, dtype, eigenvector: Params = None) -> LearnedDampin
         average_dispersion=number(jnp.nan),
         average_variance=number(jnp.nan),
         max_eigenvalue=number(jnp.nan),
+        effective_eigenvalue=number(jnp.nan),
         last_refresh=count(-1),
         refresh_attempts=count(0),
         refresh_rejections=count(0),
@@ -88,6 +106,15 @@ def initial_damping(damping, dtype, eigenvector: Params = None) -> LearnedDampin
         loss_mismatches=count(0),
         power_failures=count(0),
         eigenvector=eigenvector,
+        probe=None
+        if probe is None
+        else Probe(
+            vector=probe,
+            product=jax.tree.map(jnp.copy, probe),
+            scale=number(jnp.nan),
+            kept=number(1),
+            waits=jnp.array(False),
+        ),
     )
 
 
@@ -100,6 +127,18 @@ def _near(x, y) -> jax.Array:
 _RELEASE = 0.99
 
 
+def _kept(learned, step) -> jax.Array:
+    """What is left of an eigenvalue since the last measurement."""
+    steps = jnp.maximum(jnp.asarray(step) - learned.last_refresh, 0)
+    return jnp.asarray(_RELEASE, learned.damping.dtype) ** steps
+
+
+def _held(old, new, kept) -> jax.Array:
+    """What is new, at most `_JUMP` times the old; see `learn_damping` if it is less."""
+    least = jnp.minimum(kept * old, old**0.75 * new**0.25)
+    return jnp.where(jnp.isnan(old), new, jnp.clip(new, least, _JUMP * old))
+
+
 def learn_damping(
     learned: LearnedDamping,
     measured: HessianMoments | None,
@@ -110,6 +149,7 @@ def learn_damping(
     decay,
     min_shrinkage,
     eigenvalue: Any = None,
+    probe: Probe | None = None,
 ) -> LearnedDamping:
     """One measurement's worth of learning.
 
@@ -123,8 +163,11 @@ def learn_damping(
     blow-up of a few steps, which an average would carry along for thousands, so leaves
     no trace, and one that lasts is followed, and forgotten, at the second measurement.
 
-    The largest eigenvalue is held for a while, lambda <- max(x, 0.99^k lambda) after k
-    steps: batches differ, and it is the sharpest of them that a step must survive.
+    Batches differ, and it is the sharpest of them that a step must survive. So a
+    largest eigenvalue x that is smaller than the last one, lambda, is followed slowly:
+    by 1 % in a step or, if that is faster, a quarter of the way in a measurement,
+    lambda <- max(x, min(0.99^k lambda, lambda^3/4 x^1/4)) after k steps. It grows at
+    most tenfold in a measurement.
 
     Values cannot raise inside a compiled step, so what cannot be used is counted. A
     measurement that is not finite or not confirmed changes nothing; one after which the
@@ -142,6 +185,8 @@ def learn_damping(
         decay: weight of the past in the averages.
         min_shrinkage: lower bound of beta = 1 / (1 + delta/tau), without unit.
         eigenvalue: the new largest |lambda|; None where the rule does without.
+        probe: the new vector, product and scale of a power iteration that goes on in
+            `settle_probe`; None where the rule does without.
 
     Returns:
         The state after it, in the same dtypes.
@@ -152,10 +197,23 @@ def learn_damping(
     if eigenvalue is not None:
         old, new = learned.max_eigenvalue, like(eigenvalue, learned.max_eigenvalue)
         usable &= jnp.isfinite(new) & (new > 0)
-        steps = jnp.asarray(step) - learned.last_refresh
-        kept = old * jnp.asarray(_RELEASE, old.dtype) ** jnp.maximum(steps, 0)
-        held = jnp.where(jnp.isnan(old), new, jnp.maximum(new, kept))
+        held = _held(old, new, _kept(learned, step))
         found = found._replace(max_eigenvalue=jnp.where(usable, held, old))
+    if probe is not None:
+        good = jnp.isfinite(probe.scale) & (probe.scale > 0)
+        usable &= good
+        probe = probe._replace(kept=_kept(learned, step), waits=good)
+        first = jnp.isnan(learned.effective_eigenvalue) & good
+        found = found._replace(
+            effective_eigenvalue=jnp.where(
+                first, probe.scale, learned.effective_eigenvalue
+            ),
+            probe=jax.tree.map(
+                lambda new, old: jnp.where(good, like(new, old), old),
+                probe,
+                learned.probe,
+            ),
+        )
     if measured is not None:
         found, good = _averaged(found, measured, decay)
         usable &= good
@@ -210,6 +268,7 @@ def _decided(learned, known: Evidence, usable, *, rule, floor, min_shrinkage):
             square=learned.average_dispersion + learned.average_mean**2,
             variance=learned.average_variance,
             max_eigenvalue=learned.max_eigenvalue,
+            effective_eigenvalue=learned.effective_eigenvalue,
             damping=learned.damping,
         )
     )
@@ -259,3 +318,52 @@ def decide_damping(
     """
     options = {"floor": floor, "min_shrinkage": min_shrinkage}
     return _decided(learned, known, jnp.asarray(True), rule=rule, **options)[0]
+
+
+def settle_probe(
+    learned: LearnedDamping,
+    solve: Callable[[Params], Params],
+    multiply: Callable[[Params], Params],
+) -> LearnedDamping:
+    """The half of a power iteration on D^-1 H, D = B + delta, that the step knows.
+
+    With v the vector and w = H v its product, both measured, D symmetric and positive,
+
+        mu = delta (w^T D^-1 w / v^T D v)^1/2  ->  delta max |lambda(D^-1 H)|
+
+    from below as v <- D^-1 w / ||D^-1 w|| goes on: the norm of D^-1/2 H D^-1/2 along
+    D^1/2 v. mu is the largest eigenvalue of H as the preconditioner leaves it: the same
+    where B is zero, smaller where B is as large as H in its sharp directions. It is
+    held as the largest eigenvalue is (`learn_damping`).
+
+    Args:
+        learned: the state, with a probe in it.
+        solve: x -> D^-1 x, B the preconditioner and delta the damping in force.
+        multiply: x -> D x.
+
+    Returns:
+        The state with the eigenvalue in it. The same if no product waits, or where D is
+        not finite and positive.
+    """
+
+    def settled(learned):
+        probe = learned.probe
+        found = solve(probe.product)
+        ratio = vdot(probe.product, found) / vdot(probe.vector, multiply(probe.vector))
+        vector, _ = normalised(found)
+        agree = jnp.abs(vdot(vector, probe.vector)) > 0.9
+        value = learned.damping * probe.scale * jnp.sqrt(ratio)
+        good = jnp.isfinite(value) & (value > 0)
+        held = _held(learned.effective_eigenvalue, value, probe.kept)
+        keep = lambda new, old: jnp.where(good, new.astype(old.dtype), old)
+        return learned._replace(
+            effective_eigenvalue=keep(held, learned.effective_eigenvalue),
+            power_failures=learned.power_failures + (~agree).astype(jnp.int32),
+            probe=probe._replace(
+                vector=jax.tree.map(keep, vector, probe.vector),
+                waits=jnp.zeros_like(probe.waits),
+            ),
+        )
+
+    assert learned.probe is not None
+    return jax.lax.cond(learned.probe.waits, settled, lambda x: x, learned)

@@ -27,6 +27,7 @@ class Evidence(NamedTuple):
     square: Any = jnp.nan  # (), P^-1 Tr H^2, in [H]^2
     variance: Any = jnp.nan  # (), m = P^-1 Tr Var(H), in [H]^2
     max_eigenvalue: Any = jnp.nan  # (), largest |lambda| of H, see `learn_damping`
+    effective_eigenvalue: Any = jnp.nan  # (), delta times that of (B + delta)^-1 H
     learning_rate: Any = jnp.nan  # (), alpha of this step
     gradient_norm: Any = jnp.nan  # (), Euclidean, of this step's gradient
     damping: Any = jnp.nan  # (), delta in force
@@ -39,19 +40,20 @@ class Evidence(NamedTuple):
 
 DampingRule = Callable[[Evidence], Shrinkage]
 
-MEASURED = frozenset({"moments", "max_eigenvalue"})
+MEASURED = frozenset({"moments", "max_eigenvalue", "effective_eigenvalue"})
 _KNOWN = MEASURED | {"learning_rate", "gradient_norm"}
 
 
 def needs(*names: str) -> Callable[[Callable], Callable]:
     """A decorator that says what a rule needs to be told; without it, "moments".
 
-    Only what is needed is measured. "moments" and "max_eigenvalue" are measured at a
-    refresh, "learning_rate" and "gradient_norm" are known at each step, and a rule that
-    needs one of these decides at each step.
+    Only what is needed is measured. "moments", "max_eigenvalue" and
+    "effective_eigenvalue" are measured at a refresh, "learning_rate" and
+    "gradient_norm" are known at each step, and a rule that needs one of these decides
+    at each step.
 
     Args:
-        *names: of these four.
+        *names: of these five.
 
     Returns:
         The decorator.
@@ -200,16 +202,28 @@ class StabilityFloor:
     (1 + b1) / (1 - b1) for one that averages. So delta = alpha lambda_max / (2 f) is
     the smallest damping that is safe wherever B is blind, and c = `safety` times it
     leaves room for a lambda_max that changes between measurements and from batch to
-    batch: with KFAC on digits, 8 trained at all rates from 0.001 to 0.3, and 2 at some.
+    batch, and for the steps of KFAC, which are long wherever B sees little.
 
     It follows the learning rate and the scale of the loss, and does not depend on the
     number of parameters. Its unit is that of a Hessian eigenvalue, right for KFAC and
     Lanczos-Newton, times the learning rate; in Adam that is a gradient.
 
+    With `preconditioned` lambda is what the preconditioner leaves of lambda_max,
+    mu = delta max |lambda((B + delta)^-1 H)|, measured with the damping in force. At
+    the delta that it leads to, alpha times the sharpest curvature of the preconditioned
+    loss is 2 f / c: no more damping than stability needs where B is not blind. This is
+    `auto_adam`'s rule, which costs Adam nothing where Adam is stable. KFAC, whose B
+    follows the noise of its batches closely, did better with lambda_max itself, and a
+    B that is measured anew in each step (`scale_by_lanczos`) leaves the iteration no
+    time. It takes a transformation that gives its product (`scale_by_adam_shrinkage`,
+    `scale_by_kfac`, `scale_by_lanczos`, and the optimisers made of them).
+
     Args:
-        safety: c.
+        safety: c; 8 was chosen on one small data set (digits), for KFAC with the plain
+            and Adam with the preconditioned eigenvalue, at rates from 0.001 to 0.1.
         momentum: rho or b1 of the optimiser, in [0, 1).
         averaged: whether momentum averages, as Adam's does, or sums.
+        preconditioned: whether lambda is that of the preconditioned Hessian, or of H.
 
     Raises:
         ValueError: a number out of its range.
@@ -225,23 +239,31 @@ class StabilityFloor:
         Granziol and Baskerville, section 8, eq. 17, read as a rule.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"max_eigenvalue", "learning_rate"})
-
     safety: float = 8.0
     momentum: float = 0.9
     averaged: bool = False
+    preconditioned: bool = False
 
     def __post_init__(self):
         check_range("safety", self.safety, lambda x: x > 0, "above 0")
         check_range("momentum", self.momentum, lambda x: 0 <= x < 1, "in [0, 1)")
 
+    @property
+    def _eigenvalue(self) -> str:
+        return "effective_eigenvalue" if self.preconditioned else "max_eigenvalue"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The learning rate and one of the two eigenvalues."""
+        return frozenset({self._eigenvalue, "learning_rate"})
+
     def __call__(self, evidence: Evidence) -> Shrinkage:
         """The damping, towards the largest eigenvalue itself."""
+        value = getattr(evidence, self._eigenvalue)
         stable = stable_learning_rate(
-            evidence.max_eigenvalue, momentum=self.momentum, averaged=self.averaged
+            value, momentum=self.momentum, averaged=self.averaged
         )
-        damping = self.safety * evidence.learning_rate / stable
-        return Shrinkage(damping, evidence.max_eigenvalue)
+        return Shrinkage(self.safety * evidence.learning_rate / stable, value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,6 +44,7 @@ from ._measurer import (
     Context as Context,
     Measurer as Measurer,
     check_state as check_state,
+    is_due as is_due,
     refresh as refresh,
     refresh_in_step as refresh_in_step,
     with_numbers as with_numbers,

@@ -165,7 +165,8 @@ def scale_by_adam_shrinkage(
 
     Returns:
         A transformation whose `update` takes `damping` and `damping_target`, scalars,
-        and `relative_damping`, in units of the mean of sqrt(v) one step before.
+        `relative_damping`, in units of the mean of sqrt(v) one step before, and
+        `curvature_power`, with which it is the product with a power of sqrt(v) + delta.
         Updates have the gradients' dtype; the division is done in float32 or wider
         when an owner hands the damping in.
 
@@ -209,6 +210,7 @@ def scale_by_adam_shrinkage(
         damping=None,
         damping_target=None,
         relative_damping=None,
+        curvature_power=None,
         **extra_args,
     ):
         if damping is None:
@@ -217,6 +219,12 @@ def scale_by_adam_shrinkage(
             damping_target = fallback_target
         if relative_damping is not None:
             damping = damping + relative_damping * mean(root(state))
+        if curvature_power is not None:
+            with jax.numpy_dtype_promotion("standard"):
+                damped = jax.tree.map(lambda b: b + damping, root(state))
+                product = lambda u, b: u * b**curvature_power
+                new = jax.tree.map(product, updates, damped)
+            return _cast_like(new, updates), state
         rescaled = lambda eps: _update_damped(
             adam, eps, updates, state, params, extra_args
         )

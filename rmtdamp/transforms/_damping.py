@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from rmtdamp._checks import check_every, check_range
-from rmtdamp._tree import accumulation_dtype, norm
+from rmtdamp._tree import accumulation_dtype, aligned, norm, scale, vdot
 from rmtdamp._types import LossFn
 from rmtdamp.damping import (
     MEASURED,
@@ -20,6 +20,7 @@ from rmtdamp.damping import (
     decides_in_the_step,
     is_relative,
     needs_of,
+    settle_probe,
 )
 
 from ._learner import DampingLearner
@@ -43,7 +44,7 @@ class SetDampingState(NamedTuple):
     inner_state: Any  # of the transformation inside
 
 
-def _init_inside(inner, params, argument="damping"):
+def _init_inside(inner, params, needed=frozenset(), argument="damping"):
     """The state of `inner`, which must use a damping and hold none."""
     state = inner.init(params)
     holds = lambda node: isinstance(node, AutoDampingState | SetDampingState)
@@ -57,6 +58,13 @@ def _init_inside(inner, params, argument="damping"):
             "the rule gives a damping relative to the mean of the preconditioner's "
             "eigenvalues, and the transformation inside does not take one: take "
             "scale_by_adam_shrinkage, scale_by_kfac, scale_by_lanczos, or another rule"
+        )
+    if "effective_eigenvalue" in needed and not _gives_products(inner, state, params):
+        raise ValueError(
+            "the rule looks at the curvature that the preconditioner leaves, and the "
+            "transformation inside does not give its product: take "
+            "scale_by_adam_shrinkage, scale_by_kfac, scale_by_lanczos or an optimiser "
+            "made of them, or StabilityFloor without `preconditioned`"
         )
     if not _may_use("damping", inner, state, params):
         raise ValueError(
@@ -84,6 +92,53 @@ def _may_use(argument, inner, state, params) -> bool:
     if not traced.outvars or not jax.tree.leaves(params):
         return True
     return any(damping is x for equation in traced.eqns for x in equation.invars)
+
+
+def _gives_products(inner, state, params) -> bool:
+    """False if an update of `inner` is known not to depend on `curvature_power`."""
+
+    def traced(**given):
+        update = lambda x: inner.update(params, state, params, damping=x, **given)
+        return jax.make_jaxpr(update)(jnp.ones(()))
+
+    try:
+        product = traced(curvature_power=1)
+    except Exception:  # `init` with placeholders
+        return True
+    try:
+        return str(product) != str(traced())
+    except Exception:  # a step needs a batch, and a product does not
+        return True
+
+
+def _products(inner, state, params, **damping):
+    """D^-1 and D of the transformation inside, functions of a tree like params.
+
+    Whatever else stands in a chain adds to the update or multiplies it (momentum, a
+    clip, weight decay, the learning rate): the derivative at zero leaves the factor,
+    and the power 0 has nothing but it.
+
+    Returns:
+        The two functions.
+    """
+
+    def powered(power, vector):
+        step = lambda x: inner.update(
+            x, state, params, curvature_power=power, **damping
+        )[0]
+        vector = aligned(vector, params)
+        zeros = jax.tree.map(jnp.zeros_like, vector)
+        found = jax.jvp(step, (zeros,), (vector,))[1]
+        return jax.tree.map(lambda x: x.astype(accumulation_dtype(params)), found)
+
+    def product(power):
+        def apply(vector):
+            factor = vdot(vector, powered(0, vector)) / vdot(vector, vector)
+            return scale(1 / factor, powered(power, vector))
+
+        return apply
+
+    return product(-1), product(1)
 
 
 def _check_not_handed_in(extra_args) -> None:
@@ -138,9 +193,9 @@ def auto_damping(
     A measurement that cannot be used (not finite, far from all before it, or without a
     valid damping) leaves the damping as it was and is counted. In the state, for
     logging: `optax.tree.get(opt_state, name)` with "damping", "relative_damping",
-    "measured_variance", "max_eigenvalue", "last_refresh", "refresh_attempts",
-    "refresh_rejections", "refresh_caps", "loss_mismatches", "power_failures";
-    `rmtdamp.check_state(opt_state)` puts into words what they say.
+    "measured_variance", "max_eigenvalue", "effective_eigenvalue", "last_refresh",
+    "refresh_attempts", "refresh_rejections", "refresh_caps", "loss_mismatches",
+    "power_failures"; `rmtdamp.check_state(opt_state)` puts into words what they say.
 
     A rule that needs the learning rate or the gradient decides anew in each step, on
     what was last measured; all others decide when something is measured.
@@ -211,7 +266,7 @@ def auto_damping(
             count=jnp.zeros((), jnp.int32),
             measured=learner.init(params),
             inner_state=_init_inside(
-                inner, params, "relative_damping" if relative else "damping"
+                inner, params, needed, "relative_damping" if relative else "damping"
             ),
         )
 
@@ -237,6 +292,14 @@ def auto_damping(
             learned = refresh_in_step(
                 "auto_damping", learner, refresh_every, state, updates, params, **given
             )
+        in_force = lambda learned: {
+            "damping": learned.damping,
+            "damping_target": learned.damping_target,
+            **({"relative_damping": learned.relative_damping} if relative else {}),
+        }
+        if "effective_eigenvalue" in needed:
+            inside = inner, state.inner_state, params
+            learned = settle_probe(learned, *_products(*inside, **in_force(learned)))
         if decides_in_the_step(learner.rule):
             known = _known_in_step(needed, state.count, updates, own, learning_rate)
             learned = learner.decide(learned, known)
@@ -245,9 +308,7 @@ def auto_damping(
             updates,
             state.inner_state,
             params,
-            damping=learned.damping,
-            damping_target=learned.damping_target,
-            **({"relative_damping": learned.relative_damping} if relative else {}),
+            **in_force(learned),
             **extra_args,
         )
         count = optax.safe_increment(state.count)

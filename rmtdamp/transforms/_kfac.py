@@ -75,8 +75,9 @@ def scale_by_kfac(
 
     Returns:
         A transformation whose `update` takes `damping`, a scalar, `relative_damping`,
-        in units of the curvature's mean eigenvalue, and `batch`. Updates have the
-        gradients' dtypes, all else is float32 or wider.
+        in units of the curvature's mean eigenvalue, `batch`, and `curvature_power`,
+        with which it is the product with a power of the damped curvature. Updates have
+        the gradients' dtypes, all else is float32 or wider.
 
     Raises:
         ValueError: a number out of its range, an unknown `tikhonov`, EKFAC with
@@ -140,6 +141,7 @@ def scale_by_kfac(
         *,
         damping=None,
         relative_damping=None,
+        curvature_power=None,
         batch=None,
         loss_args=(),
         curvature_batch=None,
@@ -147,25 +149,34 @@ def scale_by_kfac(
     ):
         del extra_args
         leaves, treedef = jax.tree.flatten(updates)
-        measured = refresh_in_step(
-            "scale_by_kfac",
-            measurer,
-            refresh_every,
-            state,
-            updates,
-            params,
-            batch=batch,
-            loss_args=loss_args,
-            curvature_batch=curvature_batch,
+        product = curvature_power is not None
+        measured = (
+            state.measured
+            if product
+            else refresh_in_step(
+                "scale_by_kfac",
+                measurer,
+                refresh_every,
+                state,
+                updates,
+                params,
+                batch=batch,
+                loss_args=loss_args,
+                curvature_batch=curvature_batch,
+            )
         )
         _check_leaves(blocks, leaves, "the gradient")
         dtype = measured.factor_weight.dtype
         delta = damping_in_force("scale_by_kfac", damping, own, state.count, dtype)
         if relative_damping is not None:
             delta += jnp.asarray(relative_damping, dtype) * _mean(measured)
-        out, singular = _divided(blocks, measured, leaves, delta, tikhonov)
+        power = curvature_power if product else -1
+        out, singular = _powered(blocks, measured, leaves, delta, tikhonov, power)
         out = [u.astype(leaf.dtype) for u, leaf in zip(out, leaves, strict=True)]
-        return jax.tree.unflatten(treedef, out), ScaleByKFACState(
+        out = jax.tree.unflatten(treedef, out)
+        if product:
+            return out, state
+        return out, ScaleByKFACState(
             optax.safe_increment(state.count),
             measured,
             state.kfac_fallbacks + singular.astype(jnp.int32),
@@ -337,14 +348,15 @@ def _quotient(numerator, curvature, damping, size):
     return jnp.where(regular, quotient, 0), ~jnp.all(regular)
 
 
-def _divided(
+def _powered(
     blocks: tuple[Block, ...],
     state: KroneckerState,
     leaves: list[jax.Array],
     damping: jax.Array,
     tikhonov: Tikhonov,
+    power: int,
 ) -> tuple[list[jax.Array], jax.Array]:
-    """(curvature + delta)^-1 times the gradient, block by block.
+    """(curvature + delta)^power times the gradient, block by block.
 
     Args:
         blocks: of the params.
@@ -352,6 +364,7 @@ def _divided(
         leaves: of the gradient.
         damping: delta.
         tikhonov: how it is added to Kronecker blocks.
+        power: -1, 0 or 1.
 
     Returns:
         The leaves of the result in the dtype of the factors, and whether singular
@@ -362,6 +375,12 @@ def _divided(
     singular = jnp.asarray(False)
     layer = diagonal = 0
     product = lambda spec, x, y: jnp.einsum(spec, x, y, precision="highest")
+
+    def scaled(numerator, curvature, size):
+        if power == -1:
+            return _quotient(numerator, curvature, damping, size)
+        return numerator * curvature**power, jnp.asarray(False)
+
     for block in blocks:
         chosen = [leaves[place].astype(dtype) for place in block.leaves]
         if block.groups:
@@ -373,14 +392,14 @@ def _divided(
             rotated = product("kab,kao->kbo", basis.inputs, to_matrix(block, chosen))
             rotated = product("kbo,kop->kbp", rotated, basis.outputs)
             size = max(block.rows, block.columns)
-            divided, left_out = _quotient(rotated, curvature, damping, size)
+            divided, left_out = scaled(rotated, curvature, size)
             back = product("kab,kbp->kap", basis.inputs, divided)
             back = product("kap,kop->kao", back, basis.outputs)
             results = from_matrix(block, back)
             layer += 1
         else:
             curvature = state.diagonal[diagonal] + damping
-            divided, left_out = _quotient(chosen[0], curvature, damping, 1)
+            divided, left_out = scaled(chosen[0], curvature, 1)
             results = [divided]
             diagonal += 1
         for place, result in zip(block.leaves, results, strict=True):

@@ -5,6 +5,7 @@ is divided by eta (|lambda_i| + delta), elsewhere by delta. The gradient's part 
 them is taken off in two passes: 1/delta would magnify what one leaves by rounding.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -38,9 +39,9 @@ def _check_positive(damping) -> None:
     )
 
 
-@jax.jit
-def _step(subspace: RitzSubspace, g, delta, divisor):
-    """Eq. 9 for the leaves g; zero where there is no valid damping."""
+@functools.partial(jax.jit, static_argnames="power")
+def _step(subspace: RitzSubspace, g, delta, divisor, power: int = -1):
+    """Eq. 9 for the leaves g, or another power; zero where no damping is valid."""
     basis = jax.tree.leaves(subspace.ritz_vectors)
     along = project(basis, g)
     rest = jax.tree.map(jnp.subtract, g, combine(along, basis))
@@ -51,10 +52,11 @@ def _step(subspace: RitzSubspace, g, delta, divisor):
     outside = norm(rest) > BREAKDOWN * jnp.finfo(along.dtype).eps * norm(g)
     usable = delta > 0
     delta = jnp.where(usable, delta, 1)
-    sharp = along / (divisor * (jnp.abs(subspace.cleaned_ritz_values) + delta))
+    curvature = divisor * (jnp.abs(subspace.cleaned_ritz_values) + delta)
+    sharp = along * curvature**power
     sharp = combine(jnp.where(usable, sharp, 0), basis)
     return [
-        jnp.where(usable & outside, r / delta, 0) + s
+        jnp.where(usable & outside, r * delta**power, 0) + s
         for r, s in zip(rest, sharp, strict=True)
     ]
 
@@ -105,7 +107,9 @@ def scale_by_lanczos(
         refresh_every: steps between refreshes, at least 1; None for never in the step.
 
     Returns:
-        A transformation whose `update` takes `damping`, a scalar. Updates have the
+        A transformation whose `update` takes `damping`, a scalar, `relative_damping`,
+        in units of the curvature's mean eigenvalue, and `curvature_power`, with which
+        it is the product with a power of the damped curvature. Updates have the
         gradients' dtype; vectors are held in float32 or wider.
 
     Raises:
@@ -150,6 +154,7 @@ def scale_by_lanczos(
         *,
         damping=None,
         relative_damping=None,
+        curvature_power=None,
         batch=None,
         loss_args=(),
         curvature_batch=None,
@@ -161,16 +166,21 @@ def scale_by_lanczos(
         if not leaves:
             return updates, state._replace(count=count)
         _check_positive(damping)
-        subspace = refresh_in_step(
-            "scale_by_lanczos",
-            measurer,
-            refresh_every,
-            state,
-            updates,
-            params,
-            batch=batch,
-            loss_args=loss_args,
-            curvature_batch=curvature_batch,
+        product = curvature_power is not None
+        subspace = (
+            state.measured
+            if product
+            else refresh_in_step(
+                "scale_by_lanczos",
+                measurer,
+                refresh_every,
+                state,
+                updates,
+                params,
+                batch=batch,
+                loss_args=loss_args,
+                curvature_batch=curvature_batch,
+            )
         )
         dtype = subspace.ritz_values.dtype
         in_force = lambda given: damping_in_force(
@@ -189,8 +199,11 @@ def scale_by_lanczos(
             [x.astype(dtype) for x in leaves],
             delta,
             jnp.asarray(sharp_divisor).astype(dtype),
+            curvature_power if product else -1,
         )
         new = [u.astype(x.dtype) for u, x in zip(new, leaves, strict=True)]
+        if product:
+            return jax.tree.unflatten(treedef, new), state
         fallbacks = state.damping_fallbacks + (~usable).astype(jnp.int32)
         state = ScaleByLanczosState(count, subspace, fallbacks)
         return jax.tree.unflatten(treedef, new), state

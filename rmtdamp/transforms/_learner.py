@@ -94,8 +94,8 @@ class DampingLearner:
             )
         if not callable(self.rule):
             raise TypeError(
-                f"rule is {self.rule!r}: hand over a function from HessianMoments to "
-                "Shrinkage, such as rmtdamp.identity_target"
+                f"rule is {self.rule!r}: hand over a function of what is known "
+                "(Evidence) to Shrinkage, such as rmtdamp.identity_target"
             )
         check_range("floor", self.floor, lambda x: x >= 0, "at least 0")
         check_range("decay", self.decay, lambda x: 0 <= x < 1, "in [0, 1)")
@@ -111,8 +111,13 @@ class DampingLearner:
     def init(self, params: Params) -> LearnedDamping:
         """The state before any measurement: the damping is `floor`."""
         needed = needs_of(self.rule)
-        vector = _start(self.seed, params) if "max_eigenvalue" in needed else None
-        return initial_damping(self.floor, accumulation_dtype(params), vector)
+        start = lambda name: _start(self.seed, params) if name in needed else None
+        return initial_damping(
+            self.floor,
+            accumulation_dtype(params),
+            start("max_eigenvalue"),
+            start("effective_eigenvalue"),
+        )
 
     def refresh(self, measured: LearnedDamping, context: Context) -> LearnedDamping:
         """Measure on the batch for the noise of `batch_size` examples, and learn.
@@ -127,11 +132,20 @@ class DampingLearner:
         needed = needs_of(self.rule)
         traced = is_traced(context, measured)
         learn = _learn if traced else _compiled_learn
-        value = None
+        value = probe = None
         if "max_eigenvalue" in needed:
-            value, measured = _powered(self, measured, context)
+            value, _, vector, settled = _powered(
+                self, measured, measured.eigenvector, context
+            )
+            failures = measured.power_failures + (~settled).astype(jnp.int32)
+            measured = measured._replace(eigenvector=vector, power_failures=failures)
+        if "effective_eigenvalue" in needed:
+            scale, vector, product, _ = _powered(
+                self, measured, measured.probe.vector, context
+            )
+            probe = measured.probe._replace(vector=vector, product=product, scale=scale)
         if "moments" not in needed:
-            return learn(self, measured, None, value, context, None)
+            return learn(self, measured, None, value, probe, context, None)
         count = num_examples(context.batch)
         num = min(self.num_microbatches, count)
         if num < 2:
@@ -160,7 +174,7 @@ class DampingLearner:
             mode=self.mode,
             stderr=False,  # nobody reads it here, and it costs n vectors of memory
         )
-        return learn(self, measured, found, value, context, batch)
+        return learn(self, measured, found, value, probe, context, batch)
 
     def decide(self, measured: LearnedDamping, known: Evidence) -> LearnedDamping:
         """What a rule that looks at the step makes of it."""
@@ -208,19 +222,21 @@ def _power_step(learner, context, vector):
     )
 
 
-def _powered(learner, measured, context):
-    """||H v|| of the last product, and the state that the next one goes on from."""
-    take = lambda _, carry: _power_step(learner, context, carry[1])
+def _powered(learner, measured, vector, context):
+    """Of the last product: ||H v||, v, H v / ||H v||, whether the two agree."""
+
+    def take(_, carry):
+        value, following, settled = _power_step(learner, context, carry[2])
+        return value, carry[2], following, settled
+
     count = jnp.where(measured.refresh_attempts == 0, _FIRST_PRODUCTS, 1)
-    carry = jnp.zeros_like(measured.max_eigenvalue), measured.eigenvector, jnp.bool(0)
+    carry = jnp.zeros_like(measured.max_eigenvalue), vector, vector, jnp.bool(0)
     if is_traced(measured, context):
         carry = jax.lax.fori_loop(0, count, take, carry)
     else:
         for i in range(int(count)):
             carry = take(i, carry)
-    value, vector, settled = carry
-    failures = measured.power_failures + (~settled).astype(jnp.int32)
-    return value, measured._replace(eigenvector=vector, power_failures=failures)
+    return carry
 
 
 @jax.jit
@@ -229,7 +245,7 @@ def _probe_key(seed, number):
 
 
 def _learn(
-    learner, before, found: HessianMoments | None, value, context, batch
+    learner, before, found: HessianMoments | None, value, probe, context, batch
 ) -> LearnedDamping:
     learned = learn_damping(
         before,
@@ -240,6 +256,7 @@ def _learn(
         decay=learner.decay,
         min_shrinkage=learner.min_shrinkage,
         eigenvalue=value,
+        probe=probe,
     )
     if found is None:
         return learned

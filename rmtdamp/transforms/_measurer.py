@@ -77,16 +77,27 @@ class Measurer(Protocol):
         ...
 
 
-def is_due(count: jax.Array, every: Any) -> jax.Array:
-    """Whether a period of `every` begins at `count`.
+def is_due(count: jax.typing.ArrayLike, every: jax.typing.ArrayLike) -> jax.Array:
+    """When to measure: whether a period of `every` steps begins at `count`.
 
     In the first half of the first, also at 1, 2, 4, 8, ...: curvature changes most in
     the first steps of a training run, and what was measured at step 0 says little at
-    step 60.
+    step 60. The transformations measure so in their step; a loop that calls
+    `rmtdamp.refresh` by hand should, too.
+
+    Args:
+        count: int32, steps taken before.
+        every: steps between measurements, at least 1.
 
     Returns:
         A bool.
+
+    Example:
+        >>> from rmtdamp.transforms import is_due
+        >>> [step for step in range(30) if is_due(step, 10)]
+        [0, 1, 2, 4, 10, 20]
     """
+    count = jnp.asarray(count)
     # Under inject_hyperparams `every` is an array, of a floating dtype at that.
     every = jnp.asarray(every).astype(count.dtype)
     power_of_two = (count & (count - 1)) == 0

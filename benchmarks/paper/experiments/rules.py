@@ -10,7 +10,7 @@ import functools
 import math
 
 from benchmarks.paper._experiment import Experiment
-from benchmarks.shared.claims import Check, by, cell, ends, mean, within
+from benchmarks.shared.claims import Check, by, cell, ends, mean, not_more, within
 from benchmarks.shared.runs import Row, Run
 from benchmarks.shared.training import train_scanned
 
@@ -35,24 +35,39 @@ TASKS = {
 RULES = (
     "identity",
     "floor",
+    "aware floor",
     "relative",
-    "floor + relative",
     "mean fraction",
     "gradient norm",
 )
-FLAT = (1e-3, 1e-2, 1e-1, 1.0)
+FLAT = {"kfac": (1e-3, 1e-2, 1e-1, 1.0), "adam": (1e-8, 1e-3, 1e-2, 1e-1)}
+ADAM = "flat 1e-08"
+# What is set beside Adam: optimisers of their own, and a form in which a damping
+# leaves the length of the step alone.
+PEERS = {
+    "SGD": ({"optimizer": "sgd"}, 0.0),
+    "AvaGrad, 0.1": ({"optimizer": "adam", "form": "avagrad"}, 0.1),
+    "Muon": ({"optimizer": "muon"}, 0.0),
+    "relative, length kept": (
+        {"optimizer": "adam", "form": "length", "learned": True, "rule": "relative"}
+        | {"early": True},
+        1e-8,
+    ),
+}
 loss = functools.partial(ends, name="best_loss")
 
 
-def _methods():
-    base = {"optimizer": "kfac"}
-    yield from ((base, damping) for damping in FLAT)
+def _methods(optimizer):
+    base = {"optimizer": optimizer, "early": True}
+    yield from ((base, damping) for damping in FLAT[optimizer])
     for rule in RULES:
         floor = 1e-4 if rule == "identity" else 1e-8
         yield base | {"learned": True, "rule": rule}, floor
+    if optimizer == "adam":
+        yield from PEERS.values()
 
 
-def _runs():
+def _runs(optimizer):
     return [
         Run(
             train_scanned,
@@ -60,7 +75,7 @@ def _runs():
             | {"learning_rate": rate, "seed": seed},
         )
         for task, sizes in TASKS.values()
-        for method, damping in _methods()
+        for method, damping in _methods(optimizer)
         for rate in RATES
         for seed in SEEDS
     ]
@@ -79,6 +94,9 @@ def _each(rows):
 
 
 def _name(method: Row, damping: float) -> str:
+    for name, peer in PEERS.items():
+        if (method, damping) == peer:
+            return name
     rule = method.get("rule", "").replace("identity", "eq. 15")
     return rule or f"flat {damping:g}"
 
@@ -159,22 +177,64 @@ def _below_all(found, rule, others):
     return Check(text, value, None, value < 0)
 
 
-def _at_best(found, rule, share):
+def _at_best(found, rule, others, share, name):
+    """At its own best rate, against the best of the others at its own."""
     for task in TASKS:
-        flat = [k for k in found if k[0] == task and k[1].startswith("flat")]
-        best = min(flat, key=lambda k: mean(loss(best_rate(found[k]))))
+        keys = [(task, other) for other in others]
+        best = min(keys, key=lambda k: mean(loss(best_rate(found[k]))))
         ours, theirs = (loss(best_rate(found[k])) for k in ((task, rule), best))
-        text = f"{task}: {rule} at its best rate within {share:.0%} of the best flat"
+        text = f"{task}: {rule} at its best rate within {share:.0%} of {name}"
         yield within(text, share, ours, theirs)
 
 
-def _checks(found):
-    flat = [f"flat {x:g}" for x in FLAT]
-    below = _below_all(found, "floor", [*flat, "eq. 15"])
-    return [_trains(found, "floor"), below, *_at_best(found, "floor", 0.02)]
+def _kfac_checks(found):
+    flat, ours = [f"flat {x:g}" for x in FLAT["kfac"]], "floor"
+    return [
+        _trains(found, ours),
+        _below_all(found, ours, [*flat, "eq. 15", "aware floor"]),
+        *_at_best(found, ours, flat, 0.02, "the best flat"),
+    ]
+
+
+def _wider(found, ours):
+    """How many times as many good rates as Adam's, over the tasks."""
+    count = lambda name: sum(near(found, (task, name)) for task in TASKS)
+    text = f"{ours}: rates within 5 % of the best, at least 1.5 times Adam's"
+    ratio = count(ours) / max(count(ADAM), 1)
+    return Check(text, ratio, None, ratio >= 1.5)
+
+
+def _never_costs(found, ours, rate):
+    for task in TASKS:
+        rows, adam = (_at_rates(found[task, name])[rate] for name in (ours, ADAM))
+        text = f"{task}: {ours} at {rate:g} within 1 % of Adam's loss"
+        yield within(text, 0.01, loss(rows), loss(adam))
+        errors = (ends(of, "best_error", 100.0) for of in (rows, adam))
+        yield not_more(f"{task}: {ours} at {rate:g}, error not above Adam's", *errors)
+
+
+def _adam_checks(found):
+    flat, ours = [f"flat {x:g}" for x in FLAT["adam"]], "aware floor"
+    return [
+        _trains(found, ours),
+        _below_all(found, ours, [*flat, "eq. 15", "floor"]),
+        _wider(found, ours),
+        *_at_best(found, ours, [ADAM], 0.01, "Adam at its own"),
+        *_never_costs(found, ours, 1e-3),
+    ]
 
 
 PICTURES = [("linear", "regret"), ("linear", f"rates within 5 % (of {len(RATES)})")]
 EXPERIMENTS = [
-    Experiment("rules_kfac", _runs, _heads, _line, _checks, PICTURES, _rank, _each)
+    Experiment(
+        f"rules_{optimizer}",
+        functools.partial(_runs, optimizer),
+        _heads,
+        _line,
+        checks,
+        PICTURES,
+        _rank,
+        _each,
+    )
+    for optimizer, checks in (("kfac", _kfac_checks), ("adam", _adam_checks))
 ]
