@@ -33,10 +33,11 @@ def parser() -> argparse.ArgumentParser:
     default = Settings()
     out = Parser(
         prog="python -m rmtdamp",
-        description="Train a small Flax network on real data under SGD, Adam, Adam "
-        "with shrinkage and Adam whose damping is learned from the noise of the "
-        "Hessian. Prints a table and writes a report folder: report.png, report.json. "
-        "Interrupt it at any time; the same command goes on where it stopped.",
+        description="Train a small Flax network on real data under SGD, Adam and Adam "
+        "whose damping is learned from the Hessian, both also at thirty times the "
+        "learning rate (-fast). Prints a table and writes a report folder: report.png, "
+        "report.json. Interrupt it at any time; the same command goes on where it "
+        "stopped.",
         epilog="For a page about your own model's Hessian: python -m rmtdamp spectrum "
         "--help",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -106,8 +107,8 @@ def parser() -> argparse.ArgumentParser:
         "--rule",
         choices=RULES,
         default=default.rule,
-        help="of the learners: identity (eq. 15) or scaled-identity (Ledoit-Wolf; "
-        "follows the loss's scale)",
+        help="of the learners: stability-floor (as little as is stable), identity "
+        "(eq. 15) or scaled-identity (Ledoit-Wolf; follows the loss's scale)",
     )
     add(
         "--form",

@@ -15,6 +15,7 @@ from rmtdamp import DampingLearner, auto_damping, scale_by_adam_shrinkage
 from rmtdamp.damping import (
     Evidence,
     GradientNorm,
+    LevenbergMarquardt,
     Maximum,
     MeanFraction,
     Shrinkage,
@@ -136,11 +137,11 @@ def test_the_largest_eigenvalue_is_held_and_bad_ones_change_nothing():
         )
         held.append(float(state.max_eigenvalue))
         close(state.damping, held[-1] / 10)
-    close(held, [4, 4**0.75, 5, 5, 5, 5, 5**0.75])
+    close(held, [4, 2, 5, 5, 5, 5, 5**0.5])
     many = functools.partial(learn_damping, state, None, rule=rule, **options)
     close(many(jnp.int32(1060), eigenvalue=1.0).max_eigenvalue, 1)
     close(many(jnp.int32(160), eigenvalue=3.0).max_eigenvalue, 3)
-    close(many(jnp.int32(160), eigenvalue=1e9).max_eigenvalue, 10 * 5**0.75)
+    close(many(jnp.int32(160), eigenvalue=1e9).max_eigenvalue, 10 * 5**0.5)
     assert state.refresh_attempts == 7
     assert state.refresh_rejections == 3
 
@@ -524,3 +525,41 @@ def test_a_transformation_without_products_is_told_apart():
         auto_damping(factory, learner_of(AWARE), learning_rate=0.1).init(PARAMS)
     plain = auto_damping(factory, learner_of(FLOOR), learning_rate=0.1)
     assert get(plain.init(PARAMS), "damping") == 0
+
+
+def test_levenberg_marquardt_in_closed_form():
+    rule = LevenbergMarquardt(initial=3.0, factor=0.5)
+    at = lambda ratio, delta: (
+        rule(Evidence(reduction_ratio=ratio, damping=jnp.float32(delta))).damping
+    )
+    close(at(0.9, 2.0), 1.0)
+    close(at(0.5, 2.0), 2.0)
+    close(at(0.1, 2.0), 4.0)
+    close(at(-jnp.inf, 2.0), 4.0)
+    close(at(jnp.nan, 2.0), 2.0)
+    close(at(jnp.nan, jnp.nan), 3.0)
+    with pytest.raises(ValueError, match="factor is 1, and must be in"):
+        LevenbergMarquardt(factor=1)
+    with pytest.raises(ValueError, match="initial is 0, and must be above 0"):
+        LevenbergMarquardt(initial=0)
+
+
+@pytest.mark.parametrize("refresh_every", [1, None])
+def test_the_reduction_ratio_is_one_on_a_quadratic(refresh_every):
+    """What the model foretells lowers the damping, what blows up raises it."""
+
+    def loss(params, batch):
+        return jnp.mean(batch) * jnp.sum(params**2) / 2 + jnp.sum(
+            jnp.exp(jnp.maximum(params - 2, 0)) - 1
+        )
+
+    learner = DampingLearner(loss, rule=LevenbergMarquardt(1.0, 0.5), floor=0.0)
+    tx = auto_damping(scale_by_adam_shrinkage(), learner, refresh_every=refresh_every)
+    update = jax.jit(lambda g, s, p: tx.update(g, s, p, batch=ROWS))
+    state, dampings = tx.init(PARAMS), []
+    for params in (PARAMS, 0.5 * PARAMS, 0.5 * PARAMS, 9.0 * PARAMS, jnp.nan * PARAMS):
+        if refresh_every is None:
+            state = rmtdamp.refresh(state, learner, params, ROWS)
+        _, state = update(PARAMS, state, params)
+        dampings.append(float(get(state, "damping")))
+    close(dampings, [1.0, 0.5, 0.5, 1.0, 2.0])

@@ -17,6 +17,7 @@ import optax.contrib
 import rmtdamp
 from rmtdamp.damping import (
     GradientNorm,
+    LevenbergMarquardt,
     MeanFraction,
     StabilityFloor,
     Sum,
@@ -111,11 +112,12 @@ def rule_of(method: Method):
     floor = functools.partial(StabilityFloor, momentum=MOMENTUM, averaged=averaged)
     rules = RULES | {
         "floor": floor(),
-        "aware floor": floor(safety=8.0 if averaged else 64.0, preconditioned=True),
+        "aware floor": floor(4.0 if averaged else 64.0, preconditioned=True),
         "relative": relative_target,
         "floor + relative": Sum(floor(), relative_target),
         "mean fraction": MeanFraction(0.1),
         "gradient norm": GradientNorm(0.1),
+        "Levenberg-Marquardt": LevenbergMarquardt(),
     }
     return rules[method.rule]
 

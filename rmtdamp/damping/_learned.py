@@ -135,7 +135,7 @@ def _kept(learned, step) -> jax.Array:
 
 def _held(old, new, kept) -> jax.Array:
     """What is new, at most `_JUMP` times the old; see `learn_damping` if it is less."""
-    least = jnp.minimum(kept * old, old**0.75 * new**0.25)
+    least = jnp.minimum(kept * old, jnp.sqrt(old) * jnp.sqrt(new))
     return jnp.where(jnp.isnan(old), new, jnp.clip(new, least, _JUMP * old))
 
 
@@ -150,6 +150,7 @@ def learn_damping(
     min_shrinkage,
     eigenvalue: Any = None,
     probe: Probe | None = None,
+    reduction_ratio: Any = jnp.nan,
 ) -> LearnedDamping:
     """One measurement's worth of learning.
 
@@ -165,9 +166,9 @@ def learn_damping(
 
     Batches differ, and it is the sharpest of them that a step must survive. So a
     largest eigenvalue x that is smaller than the last one, lambda, is followed slowly:
-    by 1 % in a step or, if that is faster, a quarter of the way in a measurement,
-    lambda <- max(x, min(0.99^k lambda, lambda^3/4 x^1/4)) after k steps. It grows at
-    most tenfold in a measurement.
+    by 1 % in a step or, if that is faster, to their geometric mean in a measurement,
+    lambda <- max(x, min(0.99^k lambda, (x lambda)^1/2)) after k steps. It grows at most
+    tenfold in a measurement.
 
     Values cannot raise inside a compiled step, so what cannot be used is counted. A
     measurement that is not finite or not confirmed changes nothing; one after which the
@@ -187,6 +188,7 @@ def learn_damping(
         eigenvalue: the new largest |lambda|; None where the rule does without.
         probe: the new vector, product and scale of a power iteration that goes on in
             `settle_probe`; None where the rule does without.
+        reduction_ratio: of the last step, NaN where there was none.
 
     Returns:
         The state after it, in the same dtypes.
@@ -224,7 +226,15 @@ def learn_damping(
     accepted = usable
     if not decides_in_the_step(rule):
         options = {"floor": floor, "min_shrinkage": min_shrinkage}
-        found, good = _decided(found, Evidence(), usable, rule=rule, **options)
+        known = Evidence(
+            reduction_ratio=reduction_ratio,
+            damping=jnp.where(
+                learned.refresh_attempts > learned.refresh_rejections,
+                jnp.maximum(learned.damping - floor, 0),
+                jnp.nan,
+            ),
+        )
+        found, good = _decided(found, known, usable, rule=rule, **options)
         accepted &= good
     rejections = learned.refresh_rejections + (~accepted).astype(jnp.int32)
     return found._replace(refresh_rejections=rejections)
@@ -269,7 +279,6 @@ def _decided(learned, known: Evidence, usable, *, rule, floor, min_shrinkage):
             variance=learned.average_variance,
             max_eigenvalue=learned.max_eigenvalue,
             effective_eigenvalue=learned.effective_eigenvalue,
-            damping=learned.damping,
         )
     )
     if not isinstance(decision, Shrinkage):

@@ -30,7 +30,8 @@ class Evidence(NamedTuple):
     effective_eigenvalue: Any = jnp.nan  # (), delta times that of (B + delta)^-1 H
     learning_rate: Any = jnp.nan  # (), alpha of this step
     gradient_norm: Any = jnp.nan  # (), Euclidean, of this step's gradient
-    damping: Any = jnp.nan  # (), delta in force
+    reduction_ratio: Any = jnp.nan  # (), see `LevenbergMarquardt`
+    damping: Any = jnp.nan  # (), delta as last decided, without the learner's floor
 
     @property
     def dispersion(self) -> jax.Array:
@@ -40,20 +41,22 @@ class Evidence(NamedTuple):
 
 DampingRule = Callable[[Evidence], Shrinkage]
 
-MEASURED = frozenset({"moments", "max_eigenvalue", "effective_eigenvalue"})
+MEASURED = frozenset(
+    {"moments", "max_eigenvalue", "effective_eigenvalue", "reduction_ratio"}
+)
 _KNOWN = MEASURED | {"learning_rate", "gradient_norm"}
 
 
 def needs(*names: str) -> Callable[[Callable], Callable]:
     """A decorator that says what a rule needs to be told; without it, "moments".
 
-    Only what is needed is measured. "moments", "max_eigenvalue" and
-    "effective_eigenvalue" are measured at a refresh, "learning_rate" and
-    "gradient_norm" are known at each step, and a rule that needs one of these decides
-    at each step.
+    Only what is needed is measured. "moments", "max_eigenvalue",
+    "effective_eigenvalue" and "reduction_ratio" are measured at a refresh,
+    "learning_rate" and "gradient_norm" are known at each step, and a rule that needs
+    one of these decides at each step.
 
     Args:
-        *names: of these five.
+        *names: of these six.
 
     Returns:
         The decorator.
@@ -219,8 +222,9 @@ class StabilityFloor:
     `scale_by_kfac`, `scale_by_lanczos`, and the optimisers made of them).
 
     Args:
-        safety: c; 8 was chosen on one small data set (digits), for KFAC with the plain
-            and Adam with the preconditioned eigenvalue, at rates from 0.001 to 0.1.
+        safety: c; 8 was chosen for KFAC, with lambda_max(H), and `auto_adam` takes 4,
+            preconditioned: more costs where Adam trains best near its own threshold
+            (a transformer), less reaches fewer learning rates.
         momentum: rho or b1 of the optimiser, in [0, 1).
         averaged: whether momentum averages, as Adam's does, or sums.
         preconditioned: whether lambda is that of the preconditioned Hessian, or of H.
@@ -316,6 +320,58 @@ class GradientNorm:
     def __call__(self, evidence: Evidence) -> Shrinkage:
         """The damping, towards 1."""
         return Shrinkage(jnp.sqrt(self.constant * evidence.gradient_norm), 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LevenbergMarquardt:
+    r"""Less damping where the quadratic model holds, more where it does not.
+
+    With d the last step, L the loss of the batch at hand and m the quadratic model of L
+    at the params before that step,
+
+        ratio = (L(w + d) - L(w)) / (m(d) - m(0)),   m(d) - m(0) = g.d + d.H d / 2,
+
+    delta is multiplied by `factor` where the ratio is above 3/4 and divided by it where
+    it is below 1/4, or the model predicts that the loss rises. In a measurement, so the
+    right factor depends on `refresh_every`: the usual one is meant for every fifth
+    step. Unit: that of the damping it begins with. Measured on the next batch, where
+    kfac-jax takes the batch of the step itself, and with the Hessian in place of the
+    Fisher; two losses, a gradient and a product a measurement, and one more copy of the
+    params in the state.
+
+    Args:
+        initial: delta at first.
+        factor: in (0, 1).
+
+    Raises:
+        ValueError: a number out of its range.
+
+    Example:
+        >>> from rmtdamp.damping import Evidence, LevenbergMarquardt
+        >>> rule = LevenbergMarquardt(factor=0.5)
+        >>> print(rule(Evidence(damping=2.0, reduction_ratio=0.9)).damping)
+        1.0
+
+    References:
+        Martens and Grosse, Optimizing neural networks with Kronecker-factored
+        approximate curvature, 2015, section 6.5.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"reduction_ratio"})
+
+    initial: float = 1.0
+    factor: float = 0.95**5
+
+    def __post_init__(self):
+        check_range("initial", self.initial, lambda x: x > 0, "above 0")
+        check_range("factor", self.factor, lambda x: 0 < x < 1, "in (0, 1)")
+
+    def __call__(self, evidence: Evidence) -> Shrinkage:
+        """The damping, towards 1; the initial one where none was decided before."""
+        ratio, delta = evidence.reduction_ratio, evidence.damping
+        delta = jnp.where(ratio > 0.75, delta * self.factor, delta)
+        delta = jnp.where(ratio < 0.25, delta / self.factor, delta)
+        return Shrinkage(jnp.where(jnp.isnan(delta), self.initial, delta), 1.0)
 
 
 @dataclasses.dataclass(frozen=True, init=False)

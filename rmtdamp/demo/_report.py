@@ -206,7 +206,7 @@ def _curve(axis, runs, field, **style):
 
 
 def picture(results: Results, data_name: str, path: pathlib.Path) -> None:
-    """Losses on the left; on the right the damping beside the measured variance."""
+    """Losses on the left; on the right dampings, with the variance where measured."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     colours = {method: f"C{i}" for i, method in enumerate(METHODS)}
     for method, all_runs in results.items():
@@ -220,10 +220,10 @@ def picture(results: Results, data_name: str, path: pathlib.Path) -> None:
         _curve(left, runs, "train_loss", color=colours[method], ls="--", lw=1)
         if runs[0][-1].damping is None:
             continue
-        kind = "learned" if runs[0][-1].measured_variance is not None else "flat"
+        kind = "learned" if method.startswith("auto") else "flat"
         style = {"color": colours[method], "ls": "-" if kind == "learned" else "--"}
         _curve(right, runs, "damping", label=f"damping, {method} ({kind})", **style)
-        if kind == "learned":
+        if runs[0][-1].measured_variance is not None:
             _curve(
                 right,
                 runs,

@@ -15,12 +15,15 @@ from flax import nnx
 
 import rmtdamp
 import rmtdamp.flax
+from rmtdamp.damping import StabilityFloor
 
 from ._data import Dataset
 
-DEFAULT_METHODS = ("sgd", "adam", "adam-shrinkage", "auto-adam")
+FAST = "-fast"  # at the end of a method's name: at thirty times the learning rate
+DEFAULT_METHODS = ("sgd", "adam", "auto-adam", "adam-fast", "auto-adam-fast")
 METHODS = (
     *DEFAULT_METHODS,
+    "adam-shrinkage",
     "auto-lanczos",
     "kfac",
     "auto-kfac",
@@ -38,13 +41,14 @@ class Settings(NamedTuple):
     learning_rate: float = 1e-3
     sgd_learning_rate: float = 0.05
     damping: float = 1e-3
-    floor: float = 1e-4
+    floor: float = 1e-8
     every: int = 20
-    rule: str = "identity"
+    rule: str = "stability-floor"
     form: str = "damping"
 
 
 RULES = {
+    "stability-floor": StabilityFloor(),
     "identity": rmtdamp.identity_target,
     "scaled-identity": rmtdamp.scaled_identity_target,
 }
@@ -126,10 +130,13 @@ def transformation(method: str, settings: Settings, sizes, total_steps: int):
 
 def _optimiser(method, settings, sizes, total_steps):
     anneal = rmtdamp.schedules.linear_anneal_schedule
-    rate = anneal(settings.learning_rate, total_steps)
-    every = settings.every
+    peak = settings.learning_rate * (30 if method.endswith(FAST) else 1)
+    rate, method = anneal(peak, total_steps), method.removesuffix(FAST)
+    every, rule = settings.every, RULES[settings.rule]
+    if method == "auto-adam" and isinstance(rule, StabilityFloor):
+        rule = StabilityFloor(4.0, averaged=True, preconditioned=True)
     learner = rmtdamp.DampingLearner(
-        _functions(sizes)[0], floor=settings.floor, rule=RULES[settings.rule]
+        _functions(sizes)[0], floor=settings.floor, rule=rule
     )
     subspace = rmtdamp.RitzMeasurer(learner.loss_fn, num_steps=20)
     kfac = lambda: rmtdamp.kfac(rate, _factors(sizes))
@@ -157,7 +164,9 @@ def _optimiser(method, settings, sizes, total_steps):
     if method in make:
         return make[method]()
     if method in learned:
-        return rmtdamp.auto_damping(learned[method](), learner, refresh_every=every)
+        return rmtdamp.auto_damping(
+            learned[method](), learner, refresh_every=every, learning_rate=rate
+        )
     raise ValueError(f"method is {method!r}: choose from {', '.join(METHODS)}")
 
 
@@ -181,9 +190,9 @@ def _evaluate(predict, params, data):
 
 
 def scalar(opt_state, name) -> float | None:
-    """A number of the optimiser's state, None where it keeps none of that name."""
+    """A number of the optimiser's state, None where it has none of that name."""
     value = optax.tree.get(opt_state, name)
-    return None if value is None else float(value)
+    return None if value is None or math.isnan(value) else float(value)
 
 
 def train(

@@ -3,9 +3,11 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from rmtdamp._types import LossFn
+from rmtdamp.damping import StabilityFloor
 
 from ._adam import Form, scale_by_adam_shrinkage
 from ._damping import auto_damping
@@ -28,6 +30,11 @@ def auto_adam(
     `chain(auto_damping(scale_by_adam_shrinkage(...), learner), add_decayed_weights,
     scale_by_learning_rate)`. `update` needs `params` and `batch=batch`. Write the chain
     yourself for anything that has no argument here.
+
+    For a loss function the damping is the `rmtdamp.damping.StabilityFloor` of the
+    preconditioned Hessian, four times what stability needs: nearly nothing at a small
+    learning rate, and more reach to large ones. For eq. 15, the noise of the Hessian,
+    hand over `DampingLearner(loss_fn)`.
 
     Args:
         learning_rate: alpha, a number or a schedule.
@@ -61,8 +68,12 @@ def auto_adam(
         >>> updates, state = tx.update(grads, state, params, batch=batch)
 
     References:
-        Granziol and Baskerville, section 7.3.
+        Granziol and Baskerville, sections 7.3 and 8.
     """
+    if not isinstance(learner, DampingLearner):
+        b = float(jnp.asarray(b1))
+        floor = StabilityFloor(4.0, momentum=b, averaged=True, preconditioned=True)
+        learner = DampingLearner(learner, rule=floor, floor=1e-8)
     adam = scale_by_adam_shrinkage(b1, b2, form=form)
     return optax.chain(
         auto_damping(

@@ -33,6 +33,7 @@ class AutoDampingState(NamedTuple):
     count: Any  # (), int32, steps taken
     measured: LearnedDamping  # scalars; changes when the damping is refreshed
     inner_state: Any  # of the transformation inside
+    previous_params: Any = None  # before the last step, for a rule that looks back
 
 
 class SetDampingState(NamedTuple):
@@ -259,6 +260,10 @@ def auto_damping(
     inner = optax.with_extra_args_support(inner)
     needed, relative = needs_of(learner.rule), is_relative(learner.rule)
     own = learning_rate
+    # A copy: a step may donate params and state, which must not be one buffer.
+    remembered = lambda params: (
+        jax.tree.map(jnp.copy, params) if "reduction_ratio" in needed else None
+    )
 
     def init(params):
         check_whole(params, "auto_damping")
@@ -268,6 +273,7 @@ def auto_damping(
             inner_state=_init_inside(
                 inner, params, needed, "relative_damping" if relative else "damping"
             ),
+            previous_params=remembered(params),
         )
 
     def update(
@@ -312,7 +318,8 @@ def auto_damping(
             **extra_args,
         )
         count = optax.safe_increment(state.count)
-        return updates, AutoDampingState(count, learned, inner_state)
+        before = remembered(params)
+        return updates, AutoDampingState(count, learned, inner_state, before)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -144,8 +144,12 @@ class DampingLearner:
                 self, measured, measured.probe.vector, context
             )
             probe = measured.probe._replace(vector=vector, product=product, scale=scale)
+        ratio = jnp.nan
+        if "reduction_ratio" in needed:
+            reduction = _reduction if traced else _compiled_reduction
+            ratio = reduction(self, context)
         if "moments" not in needed:
-            return learn(self, measured, None, value, probe, context, None)
+            return learn(self, measured, None, value, probe, ratio, context, None)
         count = num_examples(context.batch)
         num = min(self.num_microbatches, count)
         if num < 2:
@@ -174,7 +178,7 @@ class DampingLearner:
             mode=self.mode,
             stderr=False,  # nobody reads it here, and it costs n vectors of memory
         )
-        return learn(self, measured, found, value, probe, context, batch)
+        return learn(self, measured, found, value, probe, ratio, context, batch)
 
     def decide(self, measured: LearnedDamping, known: Evidence) -> LearnedDamping:
         """What a rule that looks at the step makes of it."""
@@ -239,13 +243,45 @@ def _powered(learner, measured, vector, context):
     return carry
 
 
+def _reduction(learner, context) -> jax.Array:
+    """How far the loss fell in the last step, over what its quadratic model says.
+
+    Returns:
+        A scalar: minus infinity where the loss is no longer finite or the model says
+        that it rises, NaN where there was no step.
+    """
+    start, batch, args = context.previous_params, context.batch, context.loss_args
+    step = jax.tree.map(jnp.subtract, context.params, start)
+    loss = lambda x: learner.loss_fn(x, batch, *args)
+    with matmul_precision(learner.precision):
+        before, slope = jax.value_and_grad(loss)(start)
+        after = loss(context.params)
+    bend = hvp(
+        learner.loss_fn,
+        start,
+        batch,
+        step,
+        loss_args=args,
+        precision=learner.precision,
+        mode=learner.mode,
+    )
+    predicted = vdot(slope, step) + vdot(step, bend) / 2
+    falls = predicted < 0
+    ratio = (after - before).astype(predicted.dtype) / jnp.where(falls, predicted, -1)
+    ratio = jnp.where(falls & jnp.isfinite(after), ratio, -jnp.inf)
+    return jnp.where(vdot(step, step) == 0, jnp.nan, ratio)
+
+
+_compiled_reduction = jax.jit(_reduction)
+
+
 @jax.jit
 def _probe_key(seed, number):
     return jax.random.fold_in(jax.random.key(seed), number)
 
 
 def _learn(
-    learner, before, found: HessianMoments | None, value, probe, context, batch
+    learner, before, found: HessianMoments | None, value, probe, ratio, context, batch
 ) -> LearnedDamping:
     learned = learn_damping(
         before,
@@ -257,6 +293,7 @@ def _learn(
         min_shrinkage=learner.min_shrinkage,
         eigenvalue=value,
         probe=probe,
+        reduction_ratio=ratio,
     )
     if found is None:
         return learned

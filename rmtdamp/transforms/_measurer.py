@@ -53,6 +53,7 @@ class Context(NamedTuple):
     batch_size: Any  # examples of the training batch, whose noise is meant
     loss_args: tuple = ()  # further arguments of the loss
     grads: Params | None = None  # the updates that come in; None by hand without them
+    previous_params: Params | None = None  # before the last step, where they are kept
 
 
 class Measurer(Protocol):
@@ -77,8 +78,10 @@ class Measurer(Protocol):
         ...
 
 
-def is_due(count: jax.typing.ArrayLike, every: jax.typing.ArrayLike) -> jax.Array:
-    """When to measure: whether a period of `every` steps begins at `count`.
+def is_due(
+    count: jax.typing.ArrayLike, refresh_every: jax.typing.ArrayLike
+) -> jax.Array:
+    """When to measure: whether a period of `refresh_every` steps begins at `count`.
 
     In the first half of the first, also at 1, 2, 4, 8, ...: curvature changes most in
     the first steps of a training run, and what was measured at step 0 says little at
@@ -87,7 +90,7 @@ def is_due(count: jax.typing.ArrayLike, every: jax.typing.ArrayLike) -> jax.Arra
 
     Args:
         count: int32, steps taken before.
-        every: steps between measurements, at least 1.
+        refresh_every: steps between measurements, at least 1.
 
     Returns:
         A bool.
@@ -98,8 +101,8 @@ def is_due(count: jax.typing.ArrayLike, every: jax.typing.ArrayLike) -> jax.Arra
         [0, 1, 2, 4, 10, 20]
     """
     count = jnp.asarray(count)
-    # Under inject_hyperparams `every` is an array, of a floating dtype at that.
-    every = jnp.asarray(every).astype(count.dtype)
+    # Under inject_hyperparams it is an array, of a floating dtype at that.
+    every = jnp.asarray(refresh_every).astype(count.dtype)
     power_of_two = (count & (count - 1)) == 0
     return (count % every == 0) | (power_of_two & (2 * count < every))
 
@@ -120,7 +123,7 @@ def check_whole(params: Params, name: str) -> None:
 
 
 def _context(
-    name, way_out, step, params, batch, *, loss_args, curvature_batch, grads
+    name, way_out, state, params, batch, *, loss_args, curvature_batch, grads
 ) -> Context:
     """The context of a measurement, out of what a user handed over."""
     if params is None:
@@ -145,7 +148,8 @@ def _context(
             "the loss's further arguments, loss_args=(x,) for a single one"
         )
     size = num_examples(data if batch is None else batch)
-    return Context(step, params, data, size, tuple(loss_args), grads)
+    before = getattr(state, "previous_params", None)
+    return Context(state.count, params, data, size, tuple(loss_args), grads, before)
 
 
 @jax.jit
@@ -233,7 +237,7 @@ def refresh_in_step(
     context = _context(
         name,
         "refresh_every=None and rmtdamp.refresh by hand",
-        state.count,
+        state,
         params,
         batch,
         loss_args=loss_args,
@@ -318,7 +322,7 @@ def refresh(
     context = _context(
         "refresh",
         "hand it to refresh",
-        state.count,
+        state,
         params,
         batch,
         loss_args=loss_args,
@@ -353,7 +357,8 @@ def check_state(opt_state: optax.OptState) -> None:
     Example:
         >>> import jax.numpy as jnp, warnings
         >>> import rmtdamp
-        >>> tx = rmtdamp.auto_adam(1e-2, lambda w, x: jnp.sum((x @ w) ** 2))
+        >>> learner = rmtdamp.DampingLearner(lambda w, x: jnp.sum((x @ w) ** 2))
+        >>> tx = rmtdamp.auto_adam(1e-2, learner)
         >>> params, batch = jnp.ones(4), jnp.eye(4)
         >>> _, state = tx.update(params, tx.init(params), params, batch=batch)
         >>> with warnings.catch_warnings(record=True, action="always") as caught:
