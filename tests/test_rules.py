@@ -508,7 +508,7 @@ def test_a_product_that_is_not_finite_changes_nothing_and_growth_is_bounded():
         scale_by_adam_shrinkage(), learner, learning_rate=0.1, refresh_every=1
     )
     update = jax.jit(lambda s, x: tx.update(PARAMS, s, PARAMS, batch=x)[1])
-    before = update(tx.init(PARAMS), ROWS)
+    before = update(update(tx.init(PARAMS), ROWS), ROWS)
     after = update(before, ROWS * jnp.nan)
     for name in ("damping", "effective_eigenvalue"):
         assert get(after, name) == get(before, name)

@@ -27,6 +27,7 @@ below is rules, and the averaging along a training run of what they are told.
 """
 
 from ._learned import (
+    SETTLED,
     LearnedDamping,
     Probe,
     decide_damping,
@@ -61,6 +62,7 @@ from ._shrinkage import (
 
 __all__ = [
     "MEASURED",
+    "SETTLED",
     "DampingRule",
     "Evidence",
     "GradientNorm",

@@ -18,14 +18,19 @@ from ._shrinkage import Shrinkage, damping_from_shrinkage
 _JUMP = 10.0
 
 
+# The cosine of a vector and its product from which on an iteration has settled.
+SETTLED = 0.9
+
+
 class Probe(NamedTuple):
     """A power iteration on (B + delta)^-1 H, between its two halves."""
 
-    vector: Params  # v, of unit norm
-    product: Params  # H v / ||H v||
+    vector: Params  # of unit norm: v, or its product H v / ||H v|| where one waits
     scale: jax.Array  # (), ||H v||
+    cosine: jax.Array  # (), |v^T H v| / ||H v||
+    energy: jax.Array  # (), v^T D v with the D that led to v, NaN before
     kept: jax.Array  # (), what is left of the eigenvalue before
-    waits: jax.Array  # (), bool, whether this product has not been used
+    waits: jax.Array  # (), bool, whether the product has not been used
 
 
 class LearnedDamping(NamedTuple):
@@ -110,8 +115,9 @@ def initial_damping(
         if probe is None
         else Probe(
             vector=probe,
-            product=jax.tree.map(jnp.copy, probe),
             scale=number(jnp.nan),
+            cosine=number(jnp.nan),
+            energy=number(jnp.nan),
             kept=number(1),
             waits=jnp.array(False),
         ),
@@ -186,8 +192,8 @@ def learn_damping(
         decay: weight of the past in the averages.
         min_shrinkage: lower bound of beta = 1 / (1 + delta/tau), without unit.
         eigenvalue: the new largest |lambda|; None where the rule does without.
-        probe: the new vector, product and scale of a power iteration that goes on in
-            `settle_probe`; None where the rule does without.
+        probe: with the new product of a power iteration that goes on in `settle_probe`;
+            None where the rule does without.
         reduction_ratio: of the last step, NaN where there was none.
 
     Returns:
@@ -332,23 +338,22 @@ def decide_damping(
 def settle_probe(
     learned: LearnedDamping,
     solve: Callable[[Params], Params],
-    multiply: Callable[[Params], Params],
 ) -> LearnedDamping:
     """The half of a power iteration on D^-1 H, D = B + delta, that the step knows.
 
-    With v the vector and w = H v its product, both measured, D symmetric and positive,
+    With w = H v the measured product of a vector v, D symmetric and positive,
 
         mu = delta (w^T D^-1 w / v^T D v)^1/2  ->  delta max |lambda(D^-1 H)|
 
     from below as v <- D^-1 w / ||D^-1 w|| goes on: the norm of D^-1/2 H D^-1/2 along
-    D^1/2 v. mu is the largest eigenvalue of H as the preconditioner leaves it: the same
-    where B is zero, smaller where B is as large as H in its sharp directions. It is
-    held as the largest eigenvalue is (`learn_damping`).
+    D^1/2 v. (v^T D v is that of the D which led to v, so that one vector is kept and
+    not two; it lags by a measurement.) mu is the largest eigenvalue of H as the
+    preconditioner leaves it: the same where B is zero, smaller where B is as large as H
+    in its sharp directions. It is held as the largest eigenvalue is (`learn_damping`).
 
     Args:
         learned: the state, with a probe in it.
         solve: x -> D^-1 x, B the preconditioner and delta the damping in force.
-        multiply: x -> D x.
 
     Returns:
         The state with the eigenvalue in it. The same if no product waits, or where D is
@@ -357,19 +362,24 @@ def settle_probe(
 
     def settled(learned):
         probe = learned.probe
-        found = solve(probe.product)
-        ratio = vdot(probe.product, found) / vdot(probe.vector, multiply(probe.vector))
-        vector, _ = normalised(found)
-        agree = jnp.abs(vdot(vector, probe.vector)) > 0.9
-        value = learned.damping * probe.scale * jnp.sqrt(ratio)
-        good = jnp.isfinite(value) & (value > 0)
+        found = solve(probe.vector)
+        squared = vdot(probe.vector, found)  # of w / ||w||
+        vector, length = normalised(found)
+        first = jnp.isnan(probe.energy)
+        value = learned.damping * probe.scale * jnp.sqrt(squared / probe.energy)
+        value = jnp.where(first, learned.effective_eigenvalue, value)
+        good = jnp.isfinite(value) & (value > 0) & jnp.isfinite(length)
+        # The cosine of v and D^-1 w in the inner product of D.
+        agrees = first | (probe.cosine > SETTLED * jnp.sqrt(squared * probe.energy))
         held = _held(learned.effective_eigenvalue, value, probe.kept)
         keep = lambda new, old: jnp.where(good, new.astype(old.dtype), old)
         return learned._replace(
             effective_eigenvalue=keep(held, learned.effective_eigenvalue),
-            power_failures=learned.power_failures + (~agree).astype(jnp.int32),
+            power_failures=learned.power_failures + (~agrees).astype(jnp.int32),
             probe=probe._replace(
+                # Where D is not valid the iteration goes on with H alone.
                 vector=jax.tree.map(keep, vector, probe.vector),
+                energy=jnp.where(good, squared / length**2, probe.energy),
                 waits=jnp.zeros_like(probe.waits),
             ),
         )

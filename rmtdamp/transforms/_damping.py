@@ -112,15 +112,15 @@ def _gives_products(inner, state, params) -> bool:
         return True
 
 
-def _products(inner, state, params, **damping):
-    """D^-1 and D of the transformation inside, functions of a tree like params.
+def _solver(inner, state, params, **damping):
+    """D^-1 of the transformation inside, a function of a tree like params.
 
     Whatever else stands in a chain adds to the update or multiplies it (momentum, a
     clip, weight decay, the learning rate): the derivative at zero leaves the factor,
     and the power 0 has nothing but it.
 
     Returns:
-        The two functions.
+        The function.
     """
 
     def powered(power, vector):
@@ -132,14 +132,11 @@ def _products(inner, state, params, **damping):
         found = jax.jvp(step, (zeros,), (vector,))[1]
         return jax.tree.map(lambda x: x.astype(accumulation_dtype(params)), found)
 
-    def product(power):
-        def apply(vector):
-            factor = vdot(vector, powered(0, vector)) / vdot(vector, vector)
-            return scale(1 / factor, powered(power, vector))
+    def solve(vector):
+        factor = vdot(vector, powered(0, vector)) / vdot(vector, vector)
+        return scale(1 / factor, powered(-1, vector))
 
-        return apply
-
-    return product(-1), product(1)
+    return solve
 
 
 def _check_not_handed_in(extra_args) -> None:
@@ -305,7 +302,7 @@ def auto_damping(
         }
         if "effective_eigenvalue" in needed:
             inside = inner, state.inner_state, params
-            learned = settle_probe(learned, *_products(*inside, **in_force(learned)))
+            learned = settle_probe(learned, _solver(*inside, **in_force(learned)))
         if decides_in_the_step(learner.rule):
             known = _known_in_step(needed, state.count, updates, own, learning_rate)
             learned = learner.decide(learned, known)

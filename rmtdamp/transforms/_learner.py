@@ -13,6 +13,7 @@ from rmtdamp._jax import is_traced, matmul_precision
 from rmtdamp._tree import accumulation_dtype, num_examples, random_like, vdot
 from rmtdamp._types import Execution, LossFn, Mode, Params
 from rmtdamp.damping import (
+    SETTLED,
     DampingRule,
     Evidence,
     LearnedDamping,
@@ -134,16 +135,16 @@ class DampingLearner:
         learn = _learn if traced else _compiled_learn
         value = probe = None
         if "max_eigenvalue" in needed:
-            value, _, vector, settled = _powered(
+            value, vector, cosine = _powered(
                 self, measured, measured.eigenvector, context
             )
-            failures = measured.power_failures + (~settled).astype(jnp.int32)
+            failures = measured.power_failures + (~(cosine > SETTLED)).astype(jnp.int32)
             measured = measured._replace(eigenvector=vector, power_failures=failures)
         if "effective_eigenvalue" in needed:
-            scale, vector, product, _ = _powered(
+            scale, vector, cosine = _powered(
                 self, measured, measured.probe.vector, context
             )
-            probe = measured.probe._replace(vector=vector, product=product, scale=scale)
+            probe = measured.probe._replace(vector=vector, scale=scale, cosine=cosine)
         ratio = jnp.nan
         if "reduction_ratio" in needed:
             reduction = _reduction if traced else _compiled_reduction
@@ -204,7 +205,7 @@ def _start(seed, params):
 
 @jax.jit
 def _power_step(learner, context, vector):
-    """One product of a power iteration: ||H v||, the next v, whether it has settled."""
+    """One product of a power iteration: ||H v||, the next v, its cosine with v."""
     found = hvp(
         learner.loss_fn,
         context.params,
@@ -217,24 +218,21 @@ def _power_step(learner, context, vector):
     found = jax.tree.map(lambda x, v: x.astype(v.dtype), found, vector)
     following, value = normalised(found)
     good = jnp.isfinite(value) & (value > 0)
-    settled = jnp.abs(vdot(vector, following)) > 0.9
+    agreement = jnp.abs(vdot(vector, following))
     keep = lambda x, v: jnp.where(good, x, v)
     return (
         jnp.where(good, value, jnp.nan),
         jax.tree.map(keep, following, vector),
-        settled,
+        agreement,
     )
 
 
 def _powered(learner, measured, vector, context):
-    """Of the last product: ||H v||, v, H v / ||H v||, whether the two agree."""
-
-    def take(_, carry):
-        value, following, settled = _power_step(learner, context, carry[2])
-        return value, carry[2], following, settled
-
+    """Of the last product: ||H v||, H v / ||H v||, its cosine with v."""
+    take = lambda _, carry: _power_step(learner, context, carry[1])
     count = jnp.where(measured.refresh_attempts == 0, _FIRST_PRODUCTS, 1)
-    carry = jnp.zeros_like(measured.max_eigenvalue), vector, vector, jnp.bool(0)
+    zero = jnp.zeros_like(measured.max_eigenvalue)
+    carry = zero, vector, zero
     if is_traced(measured, context):
         carry = jax.lax.fori_loop(0, count, take, carry)
     else:
