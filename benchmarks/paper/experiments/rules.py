@@ -11,6 +11,7 @@ import itertools
 import math
 
 from benchmarks.paper._experiment import Experiment
+from benchmarks.shared import report
 from benchmarks.shared.claims import Check, by, cell, ends, mean, not_more, within
 from benchmarks.shared.runs import Row, Run
 from benchmarks.shared.training import train_scanned
@@ -249,9 +250,23 @@ def _text_checks(found):
     return [_below_all(found, ours, [ADAM]), *best, *_never_costs(found, ours, 1e-3)]
 
 
-PICTURES = [("linear", "regret"), ("linear", f"rates within 5 % (of {len(RATES)})")]
+def _panels(rows):
+    """A task each: the test loss of a method against the rate, up to twice the best."""
+    found = by(_each(rows), lambda row: tuple(_heads(row).values()))
+    for task in _tasks(found):
+        lines = []
+        for name, of in ((n, of) for (t, n), of in found.items() if t == task):
+            rates = _at_rates(of)
+            y = [mean(loss(some)) for some in rates.values()]
+            style = "--" if name.startswith("flat") else ":" if name in PEERS else "o-"
+            lines.append(report.Line(name, list(rates), y, style))
+        best = min(min(line.y) for line in lines)
+        settings = {"xscale": "log", "xlabel": "learning rate", "title": task}
+        yield report.curves(lines, ylim=(0.95 * best, 2 * best), **settings)
+
+
 EXPERIMENTS = [
-    Experiment(name, runs, _heads, _line, checks, PICTURES, _rank, _each)
+    Experiment(name, runs, _heads, _line, checks, [_panels], _rank, _each)
     for name, runs, checks in (
         ("rules_kfac", functools.partial(_runs, "kfac"), _kfac_checks),
         ("rules_adam", functools.partial(_runs, "adam"), _adam_checks),
