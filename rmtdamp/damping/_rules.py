@@ -50,10 +50,10 @@ _KNOWN = MEASURED | {"learning_rate", "gradient_norm"}
 def needs(*names: str) -> Callable[[Callable], Callable]:
     """A decorator that says what a rule needs to be told; without it, "moments".
 
-    Only what is needed is measured. "moments", "max_eigenvalue",
-    "effective_eigenvalue" and "reduction_ratio" are measured at a refresh,
-    "learning_rate" and "gradient_norm" are known at each step, and a rule that needs
-    one of these decides at each step.
+    Only what is named is measured, the moments too; all else is NaN. "moments",
+    "max_eigenvalue", "effective_eigenvalue" and "reduction_ratio" are measured at a
+    refresh, "learning_rate" and "gradient_norm" are known at each step, and a rule that
+    needs one of these decides at each step.
 
     Args:
         *names: of these six.

@@ -4,7 +4,9 @@ Each keeps the damping in its state and hands it to the transformation inside it
 extra arguments `damping` and `damping_target` of `update`. There is one in a chain.
 """
 
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ from rmtdamp.damping import (
 )
 
 from ._learner import DampingLearner
-from ._measurer import check_whole, refresh_in_step
+from ._measurer import Context, check_whole, refresh_in_step
 
 
 class AutoDampingState(NamedTuple):
@@ -137,6 +139,41 @@ def _solver(inner, state, params, **damping):
         return scale(1 / factor, powered(-1, vector))
 
     return solve
+
+
+def _in_force(learned: LearnedDamping, relative: bool) -> dict[str, jax.Array]:
+    """What travels inward."""
+    found = {"damping": learned.damping, "damping_target": learned.damping_target}
+    return found | ({"relative_damping": learned.relative_damping} if relative else {})
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["learner", "inner_state"],
+    meta_fields=["inner", "relative"],
+)
+@dataclasses.dataclass(frozen=True)
+class _Settling:
+    """A learner whose power iteration is finished by the transformation inside."""
+
+    state_type: ClassVar[type] = LearnedDamping
+
+    learner: DampingLearner
+    inner_state: Any
+    inner: optax.GradientTransformationExtraArgs
+    relative: bool
+
+    def init(self, params) -> LearnedDamping:
+        return self.learner.init(params)
+
+    def settle(self, learned: LearnedDamping, params) -> LearnedDamping:
+        given = _in_force(learned, self.relative)
+        solve = _solver(self.inner, self.inner_state, params, **given)
+        return settle_probe(learned, solve)
+
+    def refresh(self, measured: LearnedDamping, context: Context) -> LearnedDamping:
+        learned = self.learner.refresh(measured, context)
+        return self.settle(learned, context.params)
 
 
 def _check_not_handed_in(extra_args) -> None:
@@ -292,17 +329,20 @@ def auto_damping(
         }
         learned = state.measured
         if needed & MEASURED:
+            settling = None
+            if "effective_eigenvalue" in needed:
+                settling = _Settling(learner, state.inner_state, inner, relative)
             learned = refresh_in_step(
-                "auto_damping", learner, refresh_every, state, updates, params, **given
+                "auto_damping",
+                settling or learner,
+                refresh_every,
+                state,
+                updates,
+                params,
+                **given,
             )
-        in_force = lambda learned: {
-            "damping": learned.damping,
-            "damping_target": learned.damping_target,
-            **({"relative_damping": learned.relative_damping} if relative else {}),
-        }
-        if "effective_eigenvalue" in needed:
-            inside = inner, state.inner_state, params
-            learned = settle_probe(learned, _solver(*inside, **in_force(learned)))
+            if settling and refresh_every is None:  # measured by hand
+                learned = settling.settle(learned, params)
         if decides_in_the_step(learner.rule):
             known = _known_in_step(needed, state.count, updates, own, learning_rate)
             learned = learner.decide(learned, known)
@@ -311,7 +351,7 @@ def auto_damping(
             updates,
             state.inner_state,
             params,
-            **in_force(learned),
+            **_in_force(learned, relative),
             **extra_args,
         )
         count = optax.safe_increment(state.count)
