@@ -334,10 +334,12 @@ def test_kfac_and_lanczos_take_a_relative_damping():
             lambda s: float(jnp.sum(jnp.abs(s.measured.ritz_values))) / 48,
         ),
     ):
-        update = functools.partial(tx.update, batch=DATA)
-        start = tx.init(params)
-        found, state = update(grads, start, params, damping=0.1, relative_damping=0.5)
-        expected, _ = update(grads, start, params, damping=0.1 + 0.5 * mean(state))
+        update = jax.jit(tx.update)
+        start, given = tx.init(params), {"batch": DATA, "relative_damping": 0.5}
+        found, state = update(grads, start, params, damping=0.1, **given)
+        given = {"batch": DATA, "relative_damping": 0.0}
+        damping = 0.1 + 0.5 * mean(state)
+        expected, _ = update(grads, start, params, damping=damping, **given)
         jax.tree.map(functools.partial(close, rtol=1e-4), found, expected)
 
 
@@ -402,7 +404,10 @@ def preconditioners():
 def test_a_preconditioner_gives_its_products(name):
     """(B + delta)^-1 undoes B + delta, and is what divides the gradient."""
     tx, params, _, grads = preconditioners()[name]
-    update = functools.partial(tx.update, params=params, batch=DATA, damping=0.3)
+    given = {"params": params, "batch": DATA, "damping": 0.3}
+    update = functools.partial(
+        jax.jit(tx.update, static_argnames="curvature_power"), **given
+    )
     _, state = update(grads, tx.init(params))
     divided, after = update(grads, state, curvature_power=-1)
     back, _ = update(divided, state, curvature_power=1)
@@ -437,10 +442,9 @@ def test_the_effective_eigenvalue_is_that_of_the_preconditioned_hessian(chained)
 
     learner = DampingLearner(loss, rule=constant, floor=0.0)
     tx = auto_damping(inner, learner, refresh_every=1)
-    update = jax.jit(lambda s: tx.update(grads, s, params, batch=DATA)[1])
-    state = tx.init(params)
-    for _ in range(300):
-        state = update(state)
+    update = lambda _, s: tx.update(grads, s, params, batch=DATA)[1]
+    run = jax.jit(lambda s: jax.lax.fori_loop(0, 300, update, s))
+    state = run(tx.init(params))
     flat, unravel = jax.flatten_util.ravel_pytree(params)
     whole = jax.hessian(lambda x: loss(unravel(x), DATA))(flat)
     clip = min(1, 1e-3 / float(optax.tree.norm(grads))) if chained else 1
@@ -489,10 +493,9 @@ def test_a_preconditioner_that_sees_the_curvature_needs_less_damping():
             learning_rate=0.1,
             refresh_every=1,
         )
-        update = jax.jit(tx.update)
-        state = tx.init(params)
-        for _ in range(300):
-            _, state = update(grads, state, params, batch=batch)
+        update = lambda _, s, tx=tx: tx.update(grads, s, params, batch=batch)[1]
+        run = jax.jit(functools.partial(jax.lax.fori_loop, 0, 300, update))
+        state = run(tx.init(params))
         found[aware] = float(get(state, "damping"))
     close(found[False], 0.1 * top / 3.8, rtol=1e-3)
     # B is H: alpha lambda / (lambda + delta) is below 2 f whatever delta is.

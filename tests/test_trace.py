@@ -71,7 +71,10 @@ def test_diagonal_matrix_is_exact_from_one_probe():
     chex.assert_trees_all_close(run(trace).value, scales.sum(), rtol=1e-12)
 
 
-@pytest.mark.parametrize("rank", [0, 1, 3])
+SLOW_RANKS = [pytest.param(n, marks=pytest.mark.slow) for n in (0, 1)]
+
+
+@pytest.mark.parametrize("rank", [*SLOW_RANKS, 3])
 @pytest.mark.parametrize(
     ("estimator", "method"), [pair for pair in PAIRS if pair[1] != "hutchinson"]
 )

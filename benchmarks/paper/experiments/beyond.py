@@ -58,6 +58,7 @@ ADAM_JOB = demo.Settings(
 )
 KFAC_JOB = demo.Settings(30, 128, 128, 0.03, 0.05, 0.1, 1e-2, 20, "identity", "damping")
 RATES, FORMS, FLOORS = (1e-3, 1e-2), ("damping", "shrinkage"), (1e-3, 1e-2, 1e-1)
+JOB_RULES = ("identity", "scaled-identity")
 COLUMNS = {
     "train loss": ("train_loss", 3),
     "test loss": ("test_loss", 3),
@@ -125,7 +126,7 @@ def _rate_runs():
         base = ADAM_JOB._replace(learning_rate=rate)
         flat = sorted({*DAMPINGS, *FINE})
         cases += [("adam-shrinkage", base._replace(damping=d)) for d in flat]
-        learned = itertools.product(demo.RULES, FORMS, (1e-5, 1e-4, 1e-3))
+        learned = itertools.product(JOB_RULES, FORMS, (1e-5, 1e-4, 1e-3))
         for rule, form, floor in learned:
             changed = base._replace(rule=rule, form=form, floor=floor)
             cases.append(("auto-adam", changed))
