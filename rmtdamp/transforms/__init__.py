@@ -4,7 +4,9 @@
 link of a chain keeps it in its state (`auto_damping` learns it, `set_damping` holds
 it); whoever uses it stands inside and keeps none, with the value of its constructor as
 the fall-back. A second scalar travels with it, `damping_target`, the tau that the
-shrinkage form needs.
+shrinkage form needs. With `curvature_power`, -1, 0 or 1, a preconditioner B answers
+with (B + damping)^power of the updates and leaves its state alone: a rule that looks at
+what the preconditioner leaves of the Hessian asks for that.
 
 What is measured every few steps (the damping, Kronecker factors, Ritz pairs) is the
 business of a `Measurer`, run in the step or by `refresh` between steps.
