@@ -377,7 +377,7 @@ def settle_probe(
             effective_eigenvalue=keep(held, learned.effective_eigenvalue),
             power_failures=learned.power_failures + (~agrees).astype(jnp.int32),
             probe=probe._replace(
-                # Where D is not valid the iteration goes on with H alone, and begins anew.
+                # Where D is not valid the iteration begins anew, with H alone.
                 vector=jax.tree.map(keep, vector, probe.vector),
                 energy=jnp.where(good, squared / length**2, jnp.nan),
                 waits=jnp.zeros_like(probe.waits),
