@@ -47,6 +47,7 @@ def run(folder, method, **changes):
     return training.train(folder, **settings)
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_numbers(tiny):
     learned = {"optimizer": "adam", "learned": True, "refresh_every": 1}
     first = run(tiny, learned, epochs=6, with_spectral_norm=True)
@@ -139,6 +140,7 @@ def test_row_moments_are_those_of_the_dense_rows():
         np.testing.assert_allclose(average, expected, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_block_moments_are_those_of_the_layer_alone():
     params, matrices, places = layered()
     settings = {"floor": 0.0, "num_microbatches": 4, "decay": 0.0}

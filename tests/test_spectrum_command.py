@@ -193,6 +193,7 @@ def test_layers_are_diagonal_blocks():
         np.testing.assert_allclose(got[[0, -1]], values[[0, -1]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_whole_matrices_give_exact_numbers():
     """Trace, eigenpairs, densities, layers and traces of the noise, to rounding."""
     loss_fn, params, batches, _ = problem()

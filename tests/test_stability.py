@@ -50,6 +50,7 @@ def test_no_positive_curvature_means_no_bound():
     assert stable_learning_rate(-1.0) == jnp.inf
 
 
+@pytest.mark.slow
 def test_equation_19_bounds_the_stable_rate_from_above():
     key, other = jax.random.split(jax.random.key(0))
     factor = jax.random.normal(key, (12, 12), jnp.float64)

@@ -71,6 +71,7 @@ def test_diagonal_matrix_is_exact_from_one_probe():
     chex.assert_trees_all_close(run(trace).value, scales.sum(), rtol=1e-12)
 
 
+SLOW_METHODS = [pytest.param(m, marks=pytest.mark.slow) for m in TRACE[1:]]
 SLOW_RANKS = [pytest.param(n, marks=pytest.mark.slow) for n in (0, 1)]
 
 
@@ -108,6 +109,7 @@ def test_a_sketch_of_every_direction_is_exact(method, num_probes):
         chex.assert_trees_all_close(found.value, truth, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_steep_spectrum_leaves_no_nan():
     """Thirty orders of magnitude: the last vectors of the sketch are rounding alone."""
     values = 10.0 ** -jnp.arange(30.0)
@@ -337,7 +339,7 @@ def test_network_diagonal_eager_traced_and_dense(method):
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 1e-4), (jnp.bfloat16, 0.05)])
-@pytest.mark.parametrize("method", TRACE)
+@pytest.mark.parametrize("method", [TRACE[0], *SLOW_METHODS])
 def test_narrow_dtypes(method, dtype, rtol):
     """Exactness degrades to the rounding of the products, and no further."""
     factors = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (60, 3)))[0]
@@ -376,6 +378,7 @@ def test_keys_may_be_raw_and_matvecs_may_be_mapped():
         chex.assert_trees_all_close(mapped.value[1], 2 * typed.value, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_eager_products_are_compiled_once():
     traces = []
     matvec = lambda v: (traces.append(1), 2 * v)[1]
