@@ -20,7 +20,6 @@ from rmtdamp.damping import (
     LevenbergMarquardt,
     MeanFraction,
     StabilityFloor,
-    Sum,
     relative_target,
 )
 from rmtdamp.demo._train import RULES
@@ -114,7 +113,6 @@ def rule_of(method: Method):
         "floor": floor(),
         "aware floor": floor(4.0 if averaged else 64.0, preconditioned=True),
         "relative": relative_target,
-        "floor + relative": Sum(floor(), relative_target),
         "mean fraction": MeanFraction(0.1),
         "gradient norm": GradientNorm(0.1),
         "Levenberg-Marquardt": LevenbergMarquardt(),

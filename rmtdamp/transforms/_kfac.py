@@ -150,20 +150,16 @@ def scale_by_kfac(
         del extra_args
         leaves, treedef = jax.tree.flatten(updates)
         product = curvature_power is not None
-        measured = (
-            state.measured
-            if product
-            else refresh_in_step(
-                "scale_by_kfac",
-                measurer,
-                refresh_every,
-                state,
-                updates,
-                params,
-                batch=batch,
-                loss_args=loss_args,
-                curvature_batch=curvature_batch,
-            )
+        measured = refresh_in_step(
+            "scale_by_kfac",
+            measurer,
+            None if product else refresh_every,
+            state,
+            updates,
+            params,
+            batch=batch,
+            loss_args=loss_args,
+            curvature_batch=curvature_batch,
         )
         _check_leaves(blocks, leaves, "the gradient")
         dtype = measured.factor_weight.dtype

@@ -167,20 +167,16 @@ def scale_by_lanczos(
             return updates, state._replace(count=count)
         _check_positive(damping)
         product = curvature_power is not None
-        subspace = (
-            state.measured
-            if product
-            else refresh_in_step(
-                "scale_by_lanczos",
-                measurer,
-                refresh_every,
-                state,
-                updates,
-                params,
-                batch=batch,
-                loss_args=loss_args,
-                curvature_batch=curvature_batch,
-            )
+        subspace = refresh_in_step(
+            "scale_by_lanczos",
+            measurer,
+            None if product else refresh_every,
+            state,
+            updates,
+            params,
+            batch=batch,
+            loss_args=loss_args,
+            curvature_batch=curvature_batch,
         )
         dtype = subspace.ritz_values.dtype
         in_force = lambda given: damping_in_force(
