@@ -34,10 +34,10 @@ def parser() -> argparse.ArgumentParser:
     out = Parser(
         prog="python -m rmtdamp",
         description="Train a small Flax network on real data under SGD, Adam and Adam "
-        "whose damping is learned from the Hessian, both also at thirty times the "
-        "learning rate (-fast). Prints a table and writes a report folder: report.png, "
-        "report.json. Interrupt it at any time; the same command goes on where it "
-        "stopped.",
+        "whose damping is learned from the Hessian, both also at a hundred times "
+        "the learning rate (-fast). Prints a table and writes a report folder: "
+        "report.png, report.json. Interrupt it at any time; the same command goes on "
+        "where it stopped.",
         epilog="For a page about your own model's Hessian: python -m rmtdamp spectrum "
         "--help",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -13,6 +13,22 @@ import jax.numpy as jnp
 from ._types import Batch, Key, Params
 
 
+def leaf_names(params: Params) -> list[str]:
+    """The path of each leaf, its keys joined by slashes: "dense/kernel".
+
+    A box around a leaf (a variable of Flax with its `value`) adds nothing to its name.
+
+    Returns:
+        One name per leaf.
+    """
+    names = []
+    for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        if path and getattr(path[-1], "name", None) == "value":
+            path = path[:-1]
+        names.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+    return names
+
+
 def accumulation_dtype(tree: Params) -> jnp.dtype:
     """Float32, or float64 where a leaf of `tree` has it."""
     # Not jnp.promote_types: strict promotion, a setting of the user's, forbids it.

@@ -1,6 +1,5 @@
 """The training loop: the same numbers again, each optimiser, a damping per layer."""
 
-import itertools
 import json
 import pathlib
 
@@ -9,18 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import quadratic_loss, symmetric
 
-import rmtdamp
 from benchmarks.paper._experiment import RESULTS
 from benchmarks.paper.experiments import beyond
 from benchmarks.shared import training
 from benchmarks.shared.data import Dataset
-from benchmarks.shared.layers import KINDS, row_moments, split_layers
 from benchmarks.shared.models import conv_general_dilated
 from benchmarks.shared.optimizers import Method, Network, Numbers, transformation
 from benchmarks.shared.runs import load, path_of
-from rmtdamp.transforms import Context
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -113,46 +108,17 @@ def test_a_committed_run_comes_out_again(method, damping, rtol):
         np.testing.assert_allclose(row[name], committed[name], rtol=rtol)
 
 
-def layered(size=(2, 3)):
-    """Two layers under x^T A_i x / 2, their names and places, and eight A_i."""
-    matrices = symmetric(jax.random.key(0), 8, sum(size), mean=1.0)
-    params = {"a": {"w": jnp.ones(size[0])}, "b": {"w": jnp.ones(size[1])}}
-    return params, matrices, {"a": slice(size[0]), "b": slice(size[0], None)}
-
-
 @pytest.mark.slow
-def test_row_moments_are_those_of_the_dense_rows():
-    """On average over all probes of signs, on which they depend."""
-    params, matrices, places = layered()
-    micro = np.asarray(matrices).reshape(2, 4, 5, 5).mean(0)  # four of two examples
-    unflatten = jax.flatten_util.ravel_pytree(params)[1]
-    probes = [unflatten(jnp.array(p)) for p in itertools.product((-1.0, 1.0), repeat=5)]
-    found = [
-        row_moments(quadratic_loss, params, matrices, probe, (), 4) for probe in probes
-    ]
-    whole, spread = micro.mean(0), micro.var(0, ddof=1) / 4
-    for name, rows in places.items():
-        average = np.mean([of[name][:3] for of in found], axis=0)
-        size = len(whole[rows])
-        mean = np.trace(whole[rows, rows]) / size
-        square = (whole[rows] ** 2 - spread[rows]).sum() / size
-        expected = mean, square, spread[rows].sum() / size
-        np.testing.assert_allclose(average, expected, rtol=1e-10)
-
-
-@pytest.mark.slow
-def test_block_moments_are_those_of_the_layer_alone():
-    params, matrices, places = layered()
-    settings = {"floor": 0.0, "num_microbatches": 4, "decay": 0.0}
-    learner = rmtdamp.DampingLearner(quadratic_loss, **settings)
-    learned = {k: learner.init(x) for k, x in split_layers(params).items()}
-    count = jnp.zeros((), jnp.int32)
-    found = KINDS["block"](learner, learned, count, params, matrices, ())
-    for name, rows in places.items():
-        alone = params[name], matrices[:, rows, rows]
-        expected = learner.refresh(learned[name], Context(count, *alone, 8))
-        assert found[name].damping > 0
-        np.testing.assert_allclose(found[name].damping, expected.damping, rtol=1e-10)
+def test_a_damping_for_each_layer_is_kept_by_name(tiny):
+    task = {"dataset": "tiny", "model": "mlp", "width": 0.05}
+    method = {"optimizer": "adam", "learned": True, "refresh_every": 2, "layers": True}
+    settings = {"learning_rate": 0.1, "damping": 1e-2, "epochs": 10, "batch_size": 32}
+    row = training.train_scanned(tiny, task=task, method=method, seed=0, **settings)
+    layers = row["damping_curve"]
+    assert list(layers) == sorted(layers)
+    assert len(layers) > 1
+    assert {len(curve) for curve in layers.values()} == {10}
+    assert len({curve[0] for curve in layers.values()}) == len(layers)
 
 
 def test_a_diverged_run_ends_early(tiny):

@@ -133,15 +133,26 @@ def test_the_largest_eigenvalue_is_held_and_bad_ones_change_nothing():
     held = []
     for step, value in enumerate((4.0, 1.0, 5.0, jnp.nan, 0.0, jnp.inf, 1.0)):
         state = learn_damping(
-            state, None, jnp.int32(10 * step), rule=rule, eigenvalue=value, **options
+            state,
+            None,
+            jnp.int32(1000 + 100 * step),
+            rule=rule,
+            eigenvalue=value,
+            **options,
         )
         held.append(float(state.max_eigenvalue))
         close(state.damping, held[-1] / 10)
     close(held, [4, 2, 5, 5, 5, 5, 5**0.5])
     many = functools.partial(learn_damping, state, None, rule=rule, **options)
-    close(many(jnp.int32(1060), eigenvalue=1.0).max_eigenvalue, 1)
-    close(many(jnp.int32(160), eigenvalue=3.0).max_eigenvalue, 3)
-    close(many(jnp.int32(160), eigenvalue=1e9).max_eigenvalue, 10 * 5**0.5)
+    close(many(jnp.int32(9600), eigenvalue=1.0).max_eigenvalue, 1)
+    close(many(jnp.int32(1700), eigenvalue=3.0).max_eigenvalue, 3)
+    close(many(jnp.int32(1700), eigenvalue=1e9).max_eigenvalue, 10 * 5**0.5)
+    # By steps: two measurements forget what one would.
+    twice = many(jnp.int32(1620), eigenvalue=1.0)
+    twice = learn_damping(
+        twice, None, jnp.int32(1700), rule=rule, eigenvalue=1.0, **options
+    )
+    close(twice.max_eigenvalue, many(jnp.int32(1700), eigenvalue=1.0).max_eigenvalue)
     assert state.refresh_attempts == 7
     assert state.refresh_rejections == 3
 

@@ -11,20 +11,22 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 
 import rmtdamp
 from rmtdamp.damping import (
     GradientNorm,
+    LargestFraction,
     LevenbergMarquardt,
     MeanFraction,
     StabilityFloor,
+    by_layer,
     relative_target,
 )
 from rmtdamp.demo._train import RULES
-
-from .layers import adam_per_layer
 
 SCHEDULES = {
     "linear": rmtdamp.schedules.linear_anneal_schedule,
@@ -45,7 +47,7 @@ class Method(NamedTuple):
     refresh_every: int = 100  # steps between measurements of the damping
     factors_every: int = 10  # steps between those of KFAC's factors
     eigen_every: int = 10  # of these between eigendecompositions
-    layers: str | None = None  # a damping for each layer: "block" or "rows"
+    layers: bool = False  # a damping for each layer
     early: bool = False  # measure at steps 1, 2, 4, ... too, as in the library's step
 
 
@@ -80,6 +82,40 @@ def _adam(rate, method, numbers, network):
     return optax.chain(adam, decay, optax.scale_by_learning_rate(rate))
 
 
+def _adam_like(square, divide, rate):
+    """Adam with another second moment of a gradient g, or another m / sqrt(v)."""
+
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        empty = jax.tree.map(square, zeros)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, empty)
+
+    def update(updates, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+        mu = optax.tree.update_moment(updates, state.mu, MOMENTUM, 1)
+        squares = jax.tree.map(square, updates)
+        nu = optax.tree.update_moment(squares, state.nu, B2, 1)
+        m = optax.tree.bias_correction(mu, MOMENTUM, count)
+        v = optax.tree.bias_correction(nu, B2, count)
+        return jax.tree.map(divide, m, v), optax.ScaleByAdamState(count, mu, nu)
+
+    scaled = optax.GradientTransformation(init, update)
+    return optax.chain(scaled, optax.scale_by_learning_rate(rate))
+
+
+def _atan2(rate, *_):
+    """No eps and no quotient: Everett et al., 2024, with their a = 1.27, b = 1."""
+    divide = lambda m, v: 1.27 * jnp.arctan2(m, jnp.sqrt(v))
+    return _adam_like(jnp.square, divide, rate)
+
+
+def _mini(rate, *_):
+    """One second moment for an output of a layer: Zhang et al., Adam-mini, 2024."""
+    mean = lambda g: jnp.mean(jnp.square(g), axis=0, keepdims=True)
+    return _adam_like(mean, lambda m, v: m / (jnp.sqrt(v) + 1e-8), rate)
+
+
 def _kfac(rate, method, numbers, network, **options):
     factors = factors_of(method, network)
     return rmtdamp.kfac(rate, factors, refresh_every=None, **options)
@@ -101,6 +137,9 @@ OPTIMIZERS = DAMPED | {
     "gd": lambda rate, *_: optax.sgd(rate),
     "sgd": _sgd,
     "lanczos": _lanczos,
+    "adam-atan2": _atan2,
+    "adam-mini": _mini,
+    "adamw": lambda rate, *_: optax.adamw(rate, weight_decay=1e-2),
     "muon": lambda rate, *_: optax.contrib.muon(rate),
 }
 
@@ -111,9 +150,12 @@ def rule_of(method: Method):
     floor = functools.partial(StabilityFloor, momentum=MOMENTUM, averaged=averaged)
     rules = RULES | {
         "floor": floor(),
-        "aware floor": floor(4.0 if averaged else 64.0, preconditioned=True),
+        "aware floor": StabilityFloor.for_adam(MOMENTUM)
+        if averaged
+        else floor(64.0, preconditioned=True),
         "relative": relative_target,
         "mean fraction": MeanFraction(0.1),
+        "largest fraction": LargestFraction(0.01),
         "gradient norm": GradientNorm(0.1),
         "Levenberg-Marquardt": LevenbergMarquardt(),
     }
@@ -123,6 +165,7 @@ def rule_of(method: Method):
 def learner_of(method: Method, numbers: Numbers, network: Network, **options):
     """What measures the damping: the training batch's own eight microbatches."""
     options |= {"floor": numbers.damping, "rule": rule_of(method)}
+    options |= {"labels": by_layer if method.layers else None}
     return rmtdamp.DampingLearner(network.loss_fn, **options)
 
 
@@ -136,9 +179,6 @@ def transformation(method: Method, numbers: Numbers, network: Network):
     """The optax transformation."""
     rate = SCHEDULES[method.schedule](numbers.learning_rate, numbers.total_steps)
     learner = learner_of(method, numbers, network)
-    if method.layers:
-        inner = adam_per_layer(learner, method.layers, method.refresh_every)
-        return optax.chain(inner, optax.scale_by_learning_rate(rate))
     tx = OPTIMIZERS[method.optimizer](rate, method, numbers, network)
     if method.optimizer in DAMPED:
         if method.learned:
@@ -154,7 +194,7 @@ def refreshed(method, network, numbers, carry, batch, step):
     due = []
     if method.optimizer.startswith("kfac"):
         due.append((method.factors_every, factors_of(method, network)))
-    if method.learned and not method.layers:
+    if method.learned:
         due.append((method.refresh_every, learner_of(method, numbers, network)))
     params, loss_args, state = carry
     for every, measurer in due:
@@ -170,5 +210,6 @@ def refreshed(method, network, numbers, carry, batch, step):
 
 
 def dampings(opt_state, name="damping") -> list:
-    """Every scalar of that name in the state: none, one, or one per layer."""
-    return [x for _, x in optax.tree.get_all_with_path(opt_state, name)]
+    """The number of that name in the state: none, one, or one per layer."""
+    found = optax.tree.get(opt_state, name)
+    return [] if found is None else np.ravel(found).tolist()

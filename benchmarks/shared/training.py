@@ -20,11 +20,11 @@ from flax import nnx
 
 import rmtdamp.flax
 from rmtdamp import hessian
+from rmtdamp.damping import by_layer
 from rmtdamp.demo._data import load_digits
 from rmtdamp.demo._train import cross_entropy, scalar
 
 from . import data, models
-from .layers import split_layers
 from .optimizers import Method, Network, Numbers, dampings, refreshed, transformation
 from .runs import Row, rounded
 
@@ -268,17 +268,16 @@ def train(
 
 
 def train_scanned(
-    folder: pathlib.Path, *, task: Row, method: Row, loss_factor: float = 1.0,
-    layers: str | None = None, **numbers,
+    folder: pathlib.Path, *, task: Row, method: Row, loss_factor: float = 1.0, **numbers
 ) -> Row:  # fmt: skip
     """A network without convolutions, measured in the step, judged ten times."""
     numbers |= {"factor": loss_factor, "num_evaluations": 10, "by_hand": False}
-    made = Task(**task), Method(**method, layers=layers)
+    made = Task(**task), Method(**method)
     done = fit(folder, *made, **numbers)
     names = (name for name in (*CURVES, *VALID) if name in done.curves)
     row = {name: done.curves[name] for name in ("step", *names)}
     curves = np.transpose(done.curves["damping"]).tolist()
-    names = sorted(split_layers(done.params)) if layers else ()
-    held = zip(names, curves, strict=False)
-    row["damping_curve"] = dict(held) if layers else next(iter(curves), [])
+    layers = sorted(set(jax.tree.leaves(by_layer(done.params))))
+    held = dict(zip(layers, curves, strict=False))
+    row["damping_curve"] = held if made[1].layers else next(iter(curves), [])
     return row | {"refused": int(sum(dampings(done.opt_state, "refresh_rejections")))}

@@ -26,6 +26,8 @@ that is less than plain gradient descent could do in the sharpest direction of H
 below is rules, and the averaging along a training run of what they are told.
 """
 
+from rmtdamp._parts import by_layer
+
 from ._learned import (
     SETTLED,
     LearnedDamping,
@@ -40,6 +42,7 @@ from ._rules import (
     DampingRule,
     Evidence,
     GradientNorm,
+    LargestFraction,
     LevenbergMarquardt,
     Maximum,
     MeanFraction,
@@ -66,6 +69,7 @@ __all__ = [
     "DampingRule",
     "Evidence",
     "GradientNorm",
+    "LargestFraction",
     "LearnedDamping",
     "LevenbergMarquardt",
     "Maximum",
@@ -74,6 +78,7 @@ __all__ = [
     "Shrinkage",
     "StabilityFloor",
     "Sum",
+    "by_layer",
     "damping_from_shrinkage",
     "damping_weight",
     "decide_damping",

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rmtdamp._basis import normalised
-from rmtdamp._tree import vdot
+from rmtdamp._parts import WHOLE, Parts
 from rmtdamp._types import Params
 from rmtdamp.hessian import HessianMoments
 
@@ -26,18 +25,21 @@ class Probe(NamedTuple):
     """A power iteration on (B + delta)^-1 H, between its two halves."""
 
     vector: Params  # of unit norm: v, or its product H v / ||H v|| where one waits
-    scale: jax.Array  # (), ||H v||
-    cosine: jax.Array  # (), |v^T H v| / ||H v||
-    energy: jax.Array  # (), v^T D v with the D that led to v, NaN before
+    scale: jax.Array  # ||H v||
+    cosine: jax.Array  # |v^T H v| / ||H v||
+    energy: jax.Array  # v^T D v with the D that led to v, NaN before
     kept: jax.Array  # (), what is left of the eigenvalue before
-    waits: jax.Array  # (), bool, whether the product has not been used
+    waits: jax.Array  # bool, whether the product has not been used
 
 
 class LearnedDamping(NamedTuple):
-    """The damping in force and what led to it; all but the last two fields are scalars.
+    """The damping in force and what led to it.
 
-    Field names are distinctive, so that `optax.tree.get(opt_state, "damping")` finds
-    each of them in any chain.
+    All but the last two fields are scalars. With labels (`DampingLearner`) those that
+    are no counter, and the counters of rejections, caps and failures, have shape
+    (labels,), in the order of `DampingLearner.label_names`. Field names are
+    distinctive, so that `optax.tree.get(opt_state, "damping")` finds each of them in
+    any chain.
     """
 
     damping: jax.Array  # delta in force
@@ -69,14 +71,14 @@ class LearnedDamping(NamedTuple):
                 "batch) tells"
             )
         tried = self.refresh_attempts
-        if tried > 1 and self.refresh_rejections == tried:
+        if tried > 1 and (self.refresh_rejections == tried).any():
             found.append(
                 "no measurement of the damping could be used "
                 '(optax.tree.get(opt_state, "refresh_rejections")): it stays at its '
                 "floor; the Hessian is not finite, a batch holds one example, or the "
                 "rule finds no valid damping"
             )
-        if self.refresh_caps > 0:
+        if (self.refresh_caps > 0).any():
             found.append(
                 "the learned damping meets the bound of its learner, min_shrinkage: "
                 "the noise outweighs the target a hundredfold at the default; under "
@@ -87,13 +89,17 @@ class LearnedDamping(NamedTuple):
 
 
 def initial_damping(
-    damping, dtype, eigenvector: Params = None, probe: Params = None
+    damping,
+    dtype,
+    shape: tuple[int, ...] = (),
+    eigenvector: Params = None,
+    probe: Params = None,
 ) -> LearnedDamping:
     """Before any measurement: `damping` in force, towards 1."""
     # Copies, one per field: a training step may donate the state, which deletes its
     # buffers and refuses to see one of them twice.
-    number = lambda x: jnp.array(x, dtype, copy=True)
-    count = lambda x: jnp.array(x, jnp.int32)
+    number = lambda x: jnp.full(shape, jnp.array(x, dtype, copy=True))
+    count = lambda x, shape=(): jnp.full(shape, x, jnp.int32)
     return LearnedDamping(
         damping=number(damping),
         damping_target=number(1),
@@ -106,10 +112,10 @@ def initial_damping(
         effective_eigenvalue=number(jnp.nan),
         last_refresh=count(-1),
         refresh_attempts=count(0),
-        refresh_rejections=count(0),
-        refresh_caps=count(0),
+        refresh_rejections=count(0, shape),
+        refresh_caps=count(0, shape),
         loss_mismatches=count(0),
-        power_failures=count(0),
+        power_failures=count(0, shape),
         eigenvector=eigenvector,
         probe=None
         if probe is None
@@ -118,8 +124,8 @@ def initial_damping(
             scale=number(jnp.nan),
             cosine=number(jnp.nan),
             energy=number(jnp.nan),
-            kept=number(1),
-            waits=jnp.array(False),
+            kept=jnp.ones((), dtype),
+            waits=jnp.full(shape, False),
         ),
     )
 
@@ -129,19 +135,22 @@ def _near(x, y) -> jax.Array:
     return (x <= _JUMP * y) & (y <= _JUMP * x) & jnp.isfinite(x)
 
 
-# What a step leaves of the largest eigenvalue so far, where less is measured after it.
-_RELEASE = 0.99
+# Steps in which half of what is left of an eigenvalue's logarithm is forgotten, where
+# less is measured after it; fewer at first, when curvature falls by orders.
+_HALF_LIFE = 100.0
 
 
 def _kept(learned, step) -> jax.Array:
-    """What is left of an eigenvalue since the last measurement."""
-    steps = jnp.maximum(jnp.asarray(step) - learned.last_refresh, 0)
-    return jnp.asarray(_RELEASE, learned.damping.dtype) ** steps
+    """The weight of an eigenvalue's logarithm since the last measurement."""
+    step = jnp.asarray(step)
+    dtype = learned.damping.dtype
+    steps = jnp.maximum(step - learned.last_refresh, 0).astype(dtype)
+    return 0.5 ** (steps / jnp.clip(step.astype(dtype) / 2, 1, _HALF_LIFE))
 
 
 def _held(old, new, kept) -> jax.Array:
     """What is new, at most `_JUMP` times the old; see `learn_damping` if it is less."""
-    least = jnp.minimum(kept * old, jnp.sqrt(old) * jnp.sqrt(new))
+    least = jnp.exp(kept * jnp.log(old) + (1 - kept) * jnp.log(new))
     return jnp.where(jnp.isnan(old), new, jnp.clip(new, least, _JUMP * old))
 
 
@@ -171,10 +180,10 @@ def learn_damping(
     no trace, and one that lasts is followed, and forgotten, at the second measurement.
 
     Batches differ, and it is the sharpest of them that a step must survive. So a
-    largest eigenvalue x that is smaller than the last one, lambda, is followed slowly:
-    by 1 % in a step or, if that is faster, to their geometric mean in a measurement,
-    lambda <- max(x, min(0.99^k lambda, (x lambda)^1/2)) after k steps. It grows at most
-    tenfold in a measurement.
+    largest eigenvalue x that is smaller than the last one, lambda, is followed slowly,
+    lambda <- lambda^r x^(1-r) with r = 2^(-k/h) after k steps, however often they were
+    measured in: h is 100 steps, or half of the run so far where that is less (the
+    geometric mean at steps 1, 2, 4, ...). It grows at most tenfold in a measurement.
 
     Values cannot raise inside a compiled step, so what cannot be used is counted. A
     measurement that is not finite or not confirmed changes nothing; one after which the
@@ -212,16 +221,9 @@ def learn_damping(
         usable &= good
         probe = probe._replace(kept=_kept(learned, step), waits=good)
         first = jnp.isnan(learned.effective_eigenvalue) & good
-        found = found._replace(
-            effective_eigenvalue=jnp.where(
-                first, probe.scale, learned.effective_eigenvalue
-            ),
-            probe=jax.tree.map(
-                lambda new, old: jnp.where(good, like(new, old), old),
-                probe,
-                learned.probe,
-            ),
-        )
+        value = jnp.where(first, probe.scale, learned.effective_eigenvalue)
+        probe = jax.tree.map(like, probe, learned.probe)
+        found = found._replace(effective_eigenvalue=value, probe=probe)
     if measured is not None:
         found, good = _averaged(found, measured, decay)
         usable &= good
@@ -338,6 +340,7 @@ def decide_damping(
 def settle_probe(
     learned: LearnedDamping,
     solve: Callable[[Params], Params],
+    parts: Parts = WHOLE,
 ) -> LearnedDamping:
     """The half of a power iteration on D^-1 H, D = B + delta, that the step knows.
 
@@ -350,10 +353,12 @@ def settle_probe(
     not two; it lags by a measurement.) mu is the largest eigenvalue of H as the
     preconditioner leaves it: the same where B is zero, smaller where B is as large as H
     in its sharp directions. It is held as the largest eigenvalue is (`learn_damping`).
+    With labels all this is done in each part: mu_l, v_l, w_l.
 
     Args:
         learned: the state, with a probe in it.
         solve: x -> D^-1 x, B the preconditioner and delta the damping in force.
+        parts: of the params.
 
     Returns:
         The state with the eigenvalue in it. The same if no product waits, or where D is
@@ -363,26 +368,37 @@ def settle_probe(
     def settled(learned):
         probe = learned.probe
         found = solve(probe.vector)
-        squared = vdot(probe.vector, found)  # of w / ||w||
-        vector, length = normalised(found)
+        squared = parts.vdot(probe.vector, found)  # of w / ||w||
+        vector, length = parts.normalised(found)
         first = jnp.isnan(probe.energy)
         value = learned.damping * probe.scale * jnp.sqrt(squared / probe.energy)
         value = jnp.where(first, learned.effective_eigenvalue, value)
-        good = jnp.isfinite(value) & (value > 0) & jnp.isfinite(length)
+        good = probe.waits & jnp.isfinite(value) & (value > 0) & jnp.isfinite(length)
         # The cosine of v and D^-1 w in the inner product of D.
         agrees = first | (probe.cosine > SETTLED * jnp.sqrt(squared * probe.energy))
+        failed = probe.waits & ~agrees
         held = _held(learned.effective_eigenvalue, value, probe.kept)
         keep = lambda new, old: jnp.where(good, new.astype(old.dtype), old)
         return learned._replace(
             effective_eigenvalue=keep(held, learned.effective_eigenvalue),
-            power_failures=learned.power_failures + (~agrees).astype(jnp.int32),
+            power_failures=learned.power_failures + failed.astype(jnp.int32),
             probe=probe._replace(
                 # Where D is not valid the iteration begins anew, with H alone.
-                vector=jax.tree.map(keep, vector, probe.vector),
-                energy=jnp.where(good, squared / length**2, jnp.nan),
+                vector=jax.tree.map(
+                    lambda good, new, old: jnp.where(good, new.astype(old.dtype), old),
+                    parts.spread(good, vector),
+                    vector,
+                    probe.vector,
+                ),
+                energy=jnp.where(
+                    good,
+                    squared / length**2,
+                    jnp.where(probe.waits, jnp.nan, probe.energy),
+                ),
                 waits=jnp.zeros_like(probe.waits),
             ),
         )
 
     assert learned.probe is not None
-    return jax.lax.cond(learned.probe.waits, settled, lambda x: x, learned)
+    waits = learned.probe.waits.any()
+    return jax.lax.cond(waits, settled, lambda x: x, learned)

@@ -222,7 +222,7 @@ class StabilityFloor:
     `scale_by_kfac`, `scale_by_lanczos`, and the optimisers made of them).
 
     Args:
-        safety: c; 8 was chosen for KFAC, with lambda_max(H), and `auto_adam` takes 4,
+        safety: c; 8 was chosen for KFAC, with lambda_max(H), and `for_adam` takes 4,
             preconditioned: more costs where Adam trains best near its own threshold
             (a transformer), less reaches fewer learning rates.
         momentum: rho or b1 of the optimiser, in [0, 1).
@@ -251,6 +251,11 @@ class StabilityFloor:
     def __post_init__(self):
         check_range("safety", self.safety, lambda x: x > 0, "above 0")
         check_range("momentum", self.momentum, lambda x: 0 <= x < 1, "in [0, 1)")
+
+    @classmethod
+    def for_adam(cls, b1: float = 0.9) -> "StabilityFloor":
+        """`auto_adam`'s: four times what the preconditioned Hessian needs."""
+        return cls(4.0, momentum=b1, averaged=True, preconditioned=True)
 
     @property
     def _eigenvalue(self) -> str:
@@ -295,6 +300,43 @@ class MeanFraction:
         """The fraction."""
         del evidence
         return Shrinkage(0.0, 1.0, self.fraction)
+
+
+@dataclasses.dataclass(frozen=True)
+class LargestFraction:
+    """A fraction of the Hessian's largest eigenvalue, delta = c lambda_max(H).
+
+    For a preconditioner that is the Hessian's own size the damped one has a condition
+    number of at most 1 + 1/c, whatever the scale of the loss. lambda_max is measured by
+    a power iteration, one product a measurement.
+
+    Args:
+        fraction: c.
+
+    Raises:
+        ValueError: a number out of its range.
+
+    Example:
+        >>> from rmtdamp.damping import Evidence, LargestFraction
+        >>> print(LargestFraction(0.25)(Evidence(max_eigenvalue=8.0)).damping)
+        2.0
+
+    References:
+        Nocedal and Wright, Numerical optimization, 2006, section 3.4, on multiples of
+        the identity added to the Hessian.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"max_eigenvalue"})
+
+    fraction: float = 0.01
+
+    def __post_init__(self):
+        check_range("fraction", self.fraction, lambda x: x > 0, "above 0")
+
+    def __call__(self, evidence: Evidence) -> Shrinkage:
+        """The damping, towards the largest eigenvalue itself."""
+        value = evidence.max_eigenvalue
+        return Shrinkage(self.fraction * value, value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from rmtdamp.damping import StabilityFloor
 
 from ._data import Dataset
 
-FAST = "-fast"  # at the end of a method's name: at thirty times the learning rate
+FAST = "-fast"  # at the end of a method's name: at a hundred times the learning rate
 DEFAULT_METHODS = ("sgd", "adam", "auto-adam", "adam-fast", "auto-adam-fast")
 METHODS = (
     *DEFAULT_METHODS,
@@ -130,11 +130,11 @@ def transformation(method: str, settings: Settings, sizes, total_steps: int):
 
 def _optimiser(method, settings, sizes, total_steps):
     anneal = rmtdamp.schedules.linear_anneal_schedule
-    peak = settings.learning_rate * (30 if method.endswith(FAST) else 1)
+    peak = settings.learning_rate * (100 if method.endswith(FAST) else 1)
     rate, method = anneal(peak, total_steps), method.removesuffix(FAST)
     every, rule = settings.every, RULES[settings.rule]
     if method == "auto-adam" and isinstance(rule, StabilityFloor):
-        rule = StabilityFloor(4.0, averaged=True, preconditioned=True)
+        rule = StabilityFloor.for_adam()
     learner = rmtdamp.DampingLearner(
         _functions(sizes)[0], floor=settings.floor, rule=rule
     )

@@ -24,13 +24,13 @@ import numpy as np
 from rmtdamp._basis import draw, pack, unpack, zeros
 from rmtdamp._checks import check_mode, check_scalar
 from rmtdamp._jax import has_convolution, is_traced, matmul_precision
+from rmtdamp._parts import Labels, Parts, as_function, parts_of
 from rmtdamp._tree import (
     accumulation_dtype,
     aligned,
     check_params,
     num_examples,
     rademacher,
-    size,
     vdot,
 )
 from rmtdamp._types import Batch, Execution, Key, LossFn, Mode, Params
@@ -46,8 +46,10 @@ _EXECUTIONS = ("scan", "unroll", "vmap", "eager")
 class HessianMoments(NamedTuple):
     """Traces of the Hessian and of its sampling noise, each divided by P.
 
-    Units: with [H] the unit of a Hessian eigenvalue, `mean` is in [H], `square` and
-    `variance` in [H]^2.
+    With labels all but the loss have shape (labels,) and are sums over a label's rows
+    of the Hessian, divided by its number of parameters. Units: with
+    [H] the unit of a Hessian eigenvalue, `mean` is in [H], `square` and `variance` in
+    [H]^2.
     """
 
     mean: jax.Array  # (), nu = P^-1 Tr H of the expected Hessian
@@ -85,34 +87,51 @@ class _Sums(NamedTuple):
     """What has been seen of the y_i so far (Welford: centred all along)."""
 
     mean: list[jax.Array]  # of the y_i, packed
-    total: jax.Array  # (), sum_i ||y_i - mean||^2
+    total: jax.Array  # () or (labels,), sum_i ||y_i - mean||^2
     loss: jax.Array  # (), sum of the losses
 
 
-def _no_sums(params: Params) -> _Sums:
-    zero = lambda: jnp.zeros((), accumulation_dtype(params))  # the sums are donated
-    return _Sums(zeros(jax.eval_shape(pack, params)), zero(), zero())
+class _Rows(NamedTuple):
+    """Packed vectors -> sums over the rows of each label; over all without labels."""
+
+    parts: Parts
+    params: Params
+
+    def vdot(self, x: list, y: list) -> jax.Array:
+        """Shape () or (labels,)."""
+        if self.parts.names is None:
+            return vdot(x, y)
+        return self.parts.vdot(unpack(x, self.params), unpack(y, self.params))
 
 
-def _add(sums: _Sums, i, loss, product: list) -> _Sums:
+def _no_sums(rows: _Rows) -> _Sums:
+    dtype = accumulation_dtype(rows.params)  # the sums are donated: a buffer each
+    return _Sums(
+        zeros(jax.eval_shape(pack, rows.params)),
+        jnp.zeros(rows.parts.shape, dtype),
+        jnp.zeros((), dtype),
+    )
+
+
+def _add(rows: _Rows, sums: _Sums, i, loss, product: list) -> _Sums:
     dtype = sums.total.dtype
     seen = jnp.asarray(i, dtype)
     step = jax.tree.map(jnp.subtract, product, sums.mean)
     return _Sums(
         mean=jax.tree.map(lambda mu, d: mu + d / (seen + 1), sums.mean, step),
-        total=sums.total + vdot(step, step) * (seen / (seen + 1)),
+        total=sums.total + rows.vdot(step, step) * (seen / (seen + 1)),
         loss=sums.loss + loss.astype(dtype),
     )
 
 
-def _terms(products: list, mean: list) -> jax.Array:
-    """||y_i - mean||^2 of each row of the stacked `products`, shape (n,)."""
-    rows = jax.tree.map(
-        lambda y, mu: jnp.sum(jnp.square(y - mu[None]), axis=tuple(range(1, y.ndim))),
-        products,
-        mean,
-    )
-    return jnp.sum(jnp.stack(jax.tree.leaves(rows)), axis=0)
+def _terms(rows: _Rows, products: list, mean: list) -> jax.Array:
+    """||y_i - mean||^2 of each of the stacked `products`, (n,) or (n, labels)."""
+
+    def term(product):
+        step = jax.tree.map(jnp.subtract, product, mean)
+        return rows.vdot(step, step)
+
+    return jax.vmap(term)(products)
 
 
 def _stacked(products: list) -> Any:
@@ -143,25 +162,25 @@ def _evaluate(loss_fn, params, part, probe, loss_args, mode):
     return loss, pack(product)
 
 
-def _row(probe: list, sums: _Sums, products: list | None) -> tuple:
+def _said(rows: _Rows, probe: list, sums: _Sums, products: list | None) -> tuple:
     """What one probe says: v^T ybar, ||ybar||^2, sum_i ||y_i - ybar||^2, its terms."""
-    terms = None if products is None else _terms(products, sums.mean)
+    terms = None if products is None else _terms(rows, products, sums.mean)
     mean = sums.mean
-    return vdot(probe, mean), vdot(mean, mean), sums.total, terms, sums.loss
+    return rows.vdot(probe, mean), rows.vdot(mean, mean), sums.total, terms, sums.loss
 
 
 @functools.partial(
     jax.jit,
     static_argnames=(
         "loss_fn", "num_microbatches", "num_probes", "execution", "precision", "mode",
-        "stderr",
+        "stderr", "labelled",
     ),
 )  # fmt: skip
 def _in_graph(
     loss_fn, params, batch, key, loss_args, batch_size, *, num_microbatches, num_probes,
-    execution, precision, mode, stderr,
+    execution, precision, mode, stderr, labelled,
 ):  # fmt: skip
-    n = num_microbatches
+    n, rows = num_microbatches, _Rows(labelled, params)
     parts = _parts(batch, n)
     _check(loss_fn, params, _part(parts, 0), loss_args, mode)
 
@@ -171,31 +190,30 @@ def _in_graph(
 
         def take(sums, i):
             loss, product = evaluate(_part(parts, i))
-            return _add(sums, i, loss, product), (product if stderr else None)
+            return _add(rows, sums, i, loss, product), (product if stderr else None)
 
         with matmul_precision(precision):
             if execution == "vmap":
                 losses, products = jax.vmap(evaluate, in_axes=1)(parts)
                 mean = [jnp.mean(y, axis=0) for y in products]
-                total = jnp.sum(_terms(products, mean))
+                total = jnp.sum(_terms(rows, products, mean), axis=0)
                 sums = _Sums(mean, total, jnp.sum(losses.astype(total.dtype)))
             elif execution == "scan":
-                sums, products = jax.lax.scan(take, _no_sums(params), jnp.arange(n))
+                sums, products = jax.lax.scan(take, _no_sums(rows), jnp.arange(n))
             else:
-                sums, products = _no_sums(params), []
+                sums, products = _no_sums(rows), []
                 for i in range(n):
                     sums, product = take(sums, i)
                     products.append(product)
                 products = _stacked(products) if stderr else None
-        return _row(probe, sums, products if stderr else None)
+        return _said(rows, probe, sums, products if stderr else None)
 
     if num_probes == 1 or execution == "unroll":
-        rows = [measure(number) for number in range(num_probes)]
+        said = _stacked([measure(number) for number in range(num_probes)])
     else:
-        rows = jax.lax.map(measure, jnp.arange(num_probes))
-    if isinstance(rows, list):
-        rows = _stacked(rows)
-    return _summary(rows, size(params), n, len(jax.tree.leaves(parts)[0]) / batch_size)
+        said = jax.lax.map(measure, jnp.arange(num_probes))
+    rescale = len(jax.tree.leaves(parts)[0]) / batch_size
+    return _summary(said, labelled.sizes(params), n, rescale)
 
 
 def _check(loss_fn, params, microbatch, loss_args, mode) -> None:
@@ -205,73 +223,83 @@ def _check(loss_fn, params, microbatch, loss_args, mode) -> None:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("loss_fn", "num_microbatches", "precision", "mode", "stderr"),
+    static_argnames=(
+        "loss_fn", "num_microbatches", "precision", "mode", "stderr", "labelled",
+    ),
     donate_argnames="sums",
-)
+)  # fmt: skip
 def _take(
     loss_fn, params, batch, probe, loss_args, sums, i, *, num_microbatches, precision,
-    mode, stderr,
+    mode, stderr, labelled,
 ):  # fmt: skip
     part = _part(_parts(batch, num_microbatches), i)
     _check(loss_fn, params, part, loss_args, mode)
     with matmul_precision(precision):
         loss, product = _evaluate(loss_fn, params, part, probe, loss_args, mode)
-    return _add(sums, i, loss, product), (product if stderr else None)
+    rows = _Rows(labelled, params)
+    return _add(rows, sums, i, loss, product), (product if stderr else None)
 
 
-@jax.jit
-def _start(key, number, params):
-    return _probe(key, number, params), _no_sums(params)
+@functools.partial(jax.jit, static_argnames="labelled")
+def _start(key, number, params, labelled):
+    return _probe(key, number, params), _no_sums(_Rows(labelled, params))
 
 
-@jax.jit
-def _row_of_list(probe, sums, products):
-    return _row(probe, sums, _stacked(products) if products else None)
+@functools.partial(jax.jit, static_argnames="labelled")
+def _said_of_list(params, probe, sums, products, labelled):
+    products = _stacked(products) if products else None
+    return _said(_Rows(labelled, params), probe, sums, products)
 
 
 @functools.partial(jax.jit, static_argnames=("p", "n"))
-def _finish(rows, p, n, rescale):
-    return _summary(_stacked(rows), p, n, rescale)
+def _finish(said, p, n, rescale):
+    return _summary(_stacked(said), p, n, rescale)
 
 
 def _from_python(
     loss_fn, params, batch, key, loss_args, batch_size, *, num_microbatches, num_probes,
-    stderr, **options,
+    stderr, labelled, **options,
 ):  # fmt: skip
     """One compiled call a microbatch: that of one is all that is compiled."""
-    n, rows = num_microbatches, []
+    n, said = num_microbatches, []
     for number in range(num_probes):
-        (probe, sums), products = _start(key, jnp.int32(number), params), []
+        probe, sums = _start(key, jnp.int32(number), params, labelled)
+        products = []
         for i in range(n):
             sums, product = _take(
                 loss_fn, params, batch, probe, loss_args, sums, jnp.int32(i),
-                num_microbatches=n, stderr=stderr, **options,
+                num_microbatches=n, stderr=stderr, labelled=labelled, **options,
             )  # fmt: skip
             products.append(product)
-        rows.append(_row_of_list(probe, sums, products if stderr else []))
-    return _finish(rows, size(params), n, num_examples(batch) // n / batch_size)
+        products = products if stderr else []
+        said.append(_said_of_list(params, probe, sums, products, labelled))
+    rescale = num_examples(batch) // n / batch_size
+    return _finish(said, labelled.sizes(params), n, rescale)
 
 
-def _summary(rows, p: int, n: int, rescale) -> HessianMoments:
+def _summary(said, p: int | tuple, n: int, rescale) -> HessianMoments:
     """Averages over probes, each divided by P; variances are multiplied by b/B."""
-    *forms, losses = rows
-    mean, raw_square, total, terms = jax.tree.map(lambda x: x / p, forms)
+    *forms, losses = said
+    per = lambda x: x / jnp.broadcast_to(jnp.asarray(p, x.dtype), x.shape)
+    mean, raw_square, total, terms = jax.tree.map(per, forms)
     num_probes, dtype = len(mean), mean.dtype
     per_probe = total / (n - 1)  # variance of an H_b
     rescale = jnp.asarray(rescale).astype(dtype)
-    probe_stderr = microbatch_stderr = jnp.full((), jnp.nan, dtype)
+    probe_stderr = microbatch_stderr = jnp.full(mean.shape[1:], jnp.nan, dtype)
     if num_probes > 1:
-        probe_stderr = jnp.std(per_probe, ddof=1) * (rescale / num_probes**0.5)
+        spread = jnp.std(per_probe, axis=0, ddof=1)
+        probe_stderr = spread * (rescale / num_probes**0.5)
     if terms is not None and n > 2:
         # The delete-one jackknife of a sample variance, in closed form.
         terms = jnp.mean(terms, axis=0)
-        jackknife = jnp.sum(jnp.square(terms - jnp.mean(terms)))
+        centred = terms - jnp.mean(terms, axis=0, keepdims=True)
+        jackknife = jnp.sum(jnp.square(centred), axis=0)
         microbatch_stderr = jnp.sqrt(jackknife * n / (n - 1)) * (rescale / (n - 2))
     return HessianMoments(
-        mean=jnp.mean(mean),
+        mean=jnp.mean(mean, axis=0),
         # ||ybar||^2 carries the noise of the mean of n microbatches; take it off.
-        square=jnp.mean(raw_square) - jnp.mean(per_probe) / n,
-        variance=jnp.mean(per_probe) * rescale,
+        square=jnp.mean(raw_square, axis=0) - jnp.mean(per_probe, axis=0) / n,
+        variance=jnp.mean(per_probe, axis=0) * rescale,
         probe_stderr=probe_stderr,
         microbatch_stderr=microbatch_stderr,
         loss=jnp.mean(losses) / n,
@@ -292,6 +320,7 @@ def moments(
     precision: str | None = "highest",
     mode: Mode = "forward-over-reverse",
     stderr: bool = True,
+    labels: Labels | None = None,
 ) -> HessianMoments:
     r"""Mean, mean square and sampling variance of the Hessian, from one batch.
 
@@ -340,6 +369,12 @@ def moments(
         mode: how products are differentiated, see `hvp`.
         stderr: whether to compute `microbatch_stderr`; without it (NaN) `moments` is
             two to four times faster on a CPU.
+        labels: a pytree of names like params, or a prefix of one, or a function from
+            params to one (`rmtdamp.damping.by_layer`): moments of each label, in the
+            sorted order of the names, from the same products. For a label with the
+            P_l parameters l: P_l^-1 Tr H_ll, P_l^-1 Tr (H^2)_ll and the variances of
+            the rows l, over P_l, the noise between labels included. Weighted by P_l
+            their mean is what is measured without labels.
 
     Returns:
         `HessianMoments`, scalars in float32 or the params' dtype if that is wider. The
@@ -349,10 +384,11 @@ def moments(
         NaN and infinity included.
 
     Raises:
-        TypeError: params that are not real floats, or a loss that is not a scalar.
-        ValueError: an empty batch, unequal leading axes, fewer than two microbatches,
-            a number of microbatches that does not divide the batch, fewer than one
-            probe, or an unknown `execution` or `mode`.
+        TypeError: params that are not real floats, a loss that is not a scalar, or
+            labels that are no strings.
+        ValueError: an empty batch, unequal leading axes, labels that are no prefix of
+            params, fewer than two microbatches, a number of microbatches that does not
+            divide the batch, fewer than one probe, or an unknown `execution` or `mode`.
 
     Example:
         A loss whose Hessian is diag(batch mean); each entry has variance 1/B:
@@ -418,6 +454,7 @@ def moments(
         "precision": precision,
         "mode": mode,
         "stderr": stderr,
+        "labelled": parts_of(as_function(labels), params),
     }
     arguments = (
         loss_fn, params, batch, key, loss_args,

@@ -13,11 +13,12 @@
 Needs JAX only; `rmtdamp.flax` tapes Flax models as they are.
 """
 
+from rmtdamp._tree import leaf_names as leaf_names
+
 from ._blocks import (
     Block as Block,
     block_table as block_table,
     from_matrix as from_matrix,
-    leaf_names as leaf_names,
     make_blocks as make_blocks,
     to_matrix as to_matrix,
 )

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rmtdamp._tree import leaf_names
 from rmtdamp._types import Params
 
 
@@ -34,22 +35,6 @@ class Block(NamedTuple):
     def columns(self) -> int:
         """Columns of the weight matrix of a group."""
         return self.num_outputs // self.groups
-
-
-def leaf_names(params: Params) -> list[str]:
-    """The path of each leaf, its keys joined by slashes: "dense/kernel".
-
-    A box around a leaf (a variable of Flax with its `value`) adds nothing to its name.
-
-    Returns:
-        One name per leaf.
-    """
-    names = []
-    for path, _ in jax.tree_util.tree_leaves_with_path(params):
-        if path and getattr(path[-1], "name", None) == "value":
-            path = path[:-1]
-        names.append(jax.tree_util.keystr(path, simple=True, separator="/"))
-    return names
 
 
 def make_blocks(params: Params, layers: dict[str, dict]) -> tuple[Block, ...]:

@@ -17,6 +17,8 @@ import optax
 from rmtdamp._checks import check_choice
 from rmtdamp._tree import mean, norm, size
 
+from ._optimiser import check_one, is_one
+
 Form = Literal["damping", "shrinkage", "length", "avagrad"]
 
 
@@ -101,6 +103,7 @@ def with_damping(
         init = at(constant).init
 
         def update(updates, state, params=None, *, damping=None, **extra_args):
+            check_one("with_damping", damping)
             damping = constant if damping is None else damping
             return _update_damped(at, damping, updates, state, params, extra_args)
 
@@ -164,9 +167,10 @@ def scale_by_adam_shrinkage(
         target: tau, for use without an owner, in the unit of a gradient.
 
     Returns:
-        A transformation whose `update` takes `damping` and `damping_target`, scalars,
+        A transformation whose `update` takes `damping` and `damping_target`,
         `relative_damping`, in units of the mean of sqrt(v) one step before, and
         `curvature_power`, with which it is the product with a power of sqrt(v) + delta.
+        The dampings are scalars, or a tree like params, a scalar for each leaf.
         Updates have the gradients' dtype; the division is done in float32 or wider
         when an owner hands the damping in.
 
@@ -194,6 +198,24 @@ def scale_by_adam_shrinkage(
 
     fallback, fallback_target = damping, target
 
+    def updated_by_leaf(dampings, updates, state, extra_args):
+        """Adam leaf by leaf, which is the same: it is elementwise."""
+        found = []
+        trees = dampings, updates, state.mu, state.nu
+        for eps, grad, mu, nu in zip(*map(jax.tree.leaves, trees), strict=True):
+            of = state._replace(mu=mu, nu=nu)
+            found.append(_update_damped(adam, eps, grad, of, None, extra_args))
+        new = jax.tree.unflatten(jax.tree.structure(updates), [x for x, _ in found])
+        mu, nu = (
+            jax.tree.unflatten(
+                jax.tree.structure(old), [getattr(x, name) for _, x in found]
+            )
+            for name, old in (("mu", state.mu), ("nu", state.nu))
+        )
+        return new, state._replace(
+            count=optax.safe_increment(state.count), mu=mu, nu=nu
+        )
+
     def root(state):
         """The tree of sqrt(v), bias-corrected; zero before the first step."""
         correction = 1 - jnp.asarray(b2, jnp.float32) ** state.count
@@ -216,30 +238,38 @@ def scale_by_adam_shrinkage(
         if damping is None:
             damping = fallback(state.count) if callable(fallback) else fallback
         if damping_target is None:
-            damping_target = fallback_target
+            damping_target = jax.tree.map(lambda _: fallback_target, damping)
+        per_leaf = lambda x: jax.tree.map(lambda _: x, updates) if is_one(x) else x
         if relative_damping is not None:
-            damping = damping + relative_damping * mean(root(state))
+            unit = mean(root(state))
+            relative = lambda d, kappa: d + kappa * unit
+            damping = jax.tree.map(relative, damping, relative_damping)
         if curvature_power is not None:
             with jax.numpy_dtype_promotion("standard"):
-                damped = jax.tree.map(lambda b: b + damping, root(state))
-                product = lambda u, b: u * b**curvature_power
-                new = jax.tree.map(product, updates, damped)
+                product = lambda u, b, d: u * (b + d) ** curvature_power
+                new = jax.tree.map(product, updates, root(state), per_leaf(damping))
             return _cast_like(new, updates), state
-        rescaled = lambda eps: _update_damped(
+
+        plainly = lambda eps: _update_damped(
             adam, eps, updates, state, params, extra_args
         )
-        damped, after = rescaled(damping)
+        if is_one(damping):
+            damped, after = plainly(damping)
+        else:
+            damped, after = updated_by_leaf(damping, updates, state, extra_args)
         if form == "damping":
             return damped, after
         if form == "shrinkage":
-            boost = jnp.asarray(1 + damping / damping_target)
+            boost = jax.tree.map(lambda d, t: 1 + d / t, damping, damping_target)
         elif form == "length":
-            plain, _ = rescaled(1e-8)
+            plain, _ = plainly(1e-8)
             boost = _quotient(norm(plain), norm(damped))
         else:
-            factors = jax.tree.map(lambda b: 1 / (b + damping), root(after))
+            factor = lambda b, d: 1 / (b + d)
+            factors = jax.tree.map(factor, root(after), per_leaf(damping))
             boost = _quotient(size(factors) ** 0.5, norm(factors))
-        return jax.tree.map(lambda u: u * boost.astype(u.dtype), damped), after
+        longer = lambda u, boost: u * jnp.asarray(boost).astype(u.dtype)
+        return jax.tree.map(longer, damped, per_leaf(boost)), after
 
     return optax.GradientTransformationExtraArgs(adam(0.0).init, update)
 

@@ -31,7 +31,7 @@ def auto_adam(
     scale_by_learning_rate)`. `update` needs `params` and `batch=batch`. Write the chain
     yourself for anything that has no argument here.
 
-    For a loss function the damping is the `rmtdamp.damping.StabilityFloor` of the
+    For a loss function the rule is `rmtdamp.StabilityFloor.for_adam(b1)`, that of the
     preconditioned Hessian, four times what stability needs: nearly nothing at a small
     learning rate, and more reach to large ones. For eq. 15, the noise of the Hessian,
     hand over `DampingLearner(loss_fn)`.
@@ -71,9 +71,8 @@ def auto_adam(
         Granziol and Baskerville, sections 7.3 and 8.
     """
     if not isinstance(learner, DampingLearner):
-        b = float(jnp.asarray(b1))
-        floor = StabilityFloor(4.0, momentum=b, averaged=True, preconditioned=True)
-        learner = DampingLearner(learner, rule=floor, floor=1e-8)
+        rule = StabilityFloor.for_adam(float(jnp.asarray(b1)))
+        learner = DampingLearner(learner, rule=rule, floor=1e-8)
     adam = scale_by_adam_shrinkage(b1, b2, form=form)
     return optax.chain(
         auto_damping(

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from rmtdamp._checks import check_every, check_range
-from rmtdamp._tree import accumulation_dtype, aligned, norm, scale, vdot
+from rmtdamp._parts import Parts
+from rmtdamp._tree import accumulation_dtype, aligned, scale, vdot
 from rmtdamp._types import LossFn
 from rmtdamp.damping import (
     MEASURED,
@@ -33,7 +34,7 @@ class AutoDampingState(NamedTuple):
     """State of `auto_damping`."""
 
     count: Any  # (), int32, steps taken
-    measured: LearnedDamping  # scalars; changes when the damping is refreshed
+    measured: LearnedDamping  # changes when the damping is refreshed
     inner_state: Any  # of the transformation inside
     previous_params: Any = None  # before the last step, for a rule that looks back
 
@@ -141,10 +142,13 @@ def _solver(inner, state, params, **damping):
     return solve
 
 
-def _in_force(learned: LearnedDamping, relative: bool) -> dict[str, jax.Array]:
-    """What travels inward."""
+def _in_force(learned, relative: bool, parts: Parts, like) -> dict[str, Any]:
+    """What travels inward: scalars, or with labels a scalar for each leaf."""
     found = {"damping": learned.damping, "damping_target": learned.damping_target}
-    return found | ({"relative_damping": learned.relative_damping} if relative else {})
+    found |= {"relative_damping": learned.relative_damping} if relative else {}
+    if parts.names is None:
+        return found
+    return {name: parts.spread(value, like) for name, value in found.items()}
 
 
 @functools.partial(
@@ -167,9 +171,10 @@ class _Settling:
         return self.learner.init(params)
 
     def settle(self, learned: LearnedDamping, params) -> LearnedDamping:
-        given = _in_force(learned, self.relative)
+        parts = self.learner.parts(params)
+        given = _in_force(learned, self.relative, parts, params)
         solve = _solver(self.inner, self.inner_state, params, **given)
-        return settle_probe(learned, solve)
+        return settle_probe(learned, solve, parts)
 
     def refresh(self, measured: LearnedDamping, context: Context) -> LearnedDamping:
         learned = self.learner.refresh(measured, context)
@@ -185,11 +190,11 @@ def _check_not_handed_in(extra_args) -> None:
         )
 
 
-def _known_in_step(needed, count, updates, own, learning_rate) -> Evidence:
+def _known_in_step(needed, parts, count, updates, own, learning_rate) -> Evidence:
     """What a step shows to a rule."""
     known = Evidence()
     if "gradient_norm" in needed:
-        known = known._replace(gradient_norm=norm(updates))
+        known = known._replace(gradient_norm=jnp.sqrt(parts.vdot(updates, updates)))
     if "learning_rate" in needed:
         rate = own if learning_rate is None else learning_rate
         if rate is None:
@@ -327,7 +332,7 @@ def auto_damping(
             "loss_args": loss_args,
             "curvature_batch": curvature_batch,
         }
-        learned = state.measured
+        learned, parts = state.measured, learner.parts(updates)
         if needed & MEASURED:
             settling = None
             if "effective_eigenvalue" in needed:
@@ -344,14 +349,16 @@ def auto_damping(
             if settling and refresh_every is None:  # measured by hand
                 learned = settling.settle(learned, params)
         if decides_in_the_step(learner.rule):
-            known = _known_in_step(needed, state.count, updates, own, learning_rate)
+            known = _known_in_step(
+                needed, parts, state.count, updates, own, learning_rate
+            )
             learned = learner.decide(learned, known)
         extra_args |= {name: x for name, x in given.items() if x is not None}
         updates, inner_state = inner.update(
             updates,
             state.inner_state,
             params,
-            **_in_force(learned, relative),
+            **_in_force(learned, relative, parts, updates),
             **extra_args,
         )
         count = optax.safe_increment(state.count)

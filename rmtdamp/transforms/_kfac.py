@@ -5,6 +5,7 @@
 How the factors are measured and averaged is the business of a `KroneckerMeasurer`.
 """
 
+import functools
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -17,7 +18,7 @@ from rmtdamp.kronecker import Block, Eigenbasis, FactorsFn, from_matrix, to_matr
 
 from ._kronecker import KroneckerMeasurer, KroneckerState
 from ._measurer import check_whole, refresh_in_step
-from ._optimiser import check_damping, damping_in_force, optimiser
+from ._optimiser import check_damping, damping_in_force, is_one, optimiser
 
 Tikhonov = Literal["eigenvalues", "factored"]
 
@@ -74,9 +75,11 @@ def scale_by_kfac(
         refresh_every: steps between measurements, at least 1; None for by hand.
 
     Returns:
-        A transformation whose `update` takes `damping`, a scalar, `relative_damping`,
-        in units of the curvature's mean eigenvalue, `batch`, and `curvature_power`,
-        with which it is the product with a power of the damped curvature. Updates have
+        A transformation whose `update` takes `damping`, `relative_damping`, in units
+        of the curvature's mean eigenvalue, `batch`, and `curvature_power`, with which
+        it is the product with a power of the damped curvature. The dampings are
+        scalars, or a tree like params, a scalar for each leaf, of which a layer takes
+        the largest. Updates have
         the gradients' dtypes, all else is float32 or wider.
 
     Raises:
@@ -163,11 +166,16 @@ def scale_by_kfac(
         )
         _check_leaves(blocks, leaves, "the gradient")
         dtype = measured.factor_weight.dtype
-        delta = damping_in_force("scale_by_kfac", damping, own, state.count, dtype)
+        if is_one(damping):
+            damping = damping_in_force(
+                "scale_by_kfac", damping, own, state.count, dtype
+            )
+        deltas = _of_blocks(blocks, damping, dtype)
         if relative_damping is not None:
-            delta += jnp.asarray(relative_damping, dtype) * _mean(measured)
+            kappas, unit = _of_blocks(blocks, relative_damping, dtype), _mean(measured)
+            deltas = [d + k * unit for d, k in zip(deltas, kappas, strict=True)]
         power = curvature_power if product else -1
-        out, singular = _powered(blocks, measured, leaves, delta, tikhonov, power)
+        out, singular = _powered(blocks, measured, leaves, deltas, tikhonov, power)
         out = [u.astype(leaf.dtype) for u, leaf in zip(out, leaves, strict=True)]
         out = jax.tree.unflatten(treedef, out)
         if product:
@@ -320,6 +328,15 @@ def damped_eigenvalues(
     return (a + pi * root)[:, :, None] * (g + root / pi)[:, None, :]
 
 
+def _of_blocks(blocks: tuple[Block, ...], damping: Any, dtype) -> list[jax.Array]:
+    """The damping of each block, the largest of its leaves'."""
+    if is_one(damping):
+        return [jnp.asarray(damping).astype(dtype)] * len(blocks)
+    leaves = [jnp.asarray(x).astype(dtype) for x in jax.tree.leaves(damping)]
+    of = lambda block: [leaves[place] for place in block.leaves]
+    return [functools.reduce(jnp.maximum, of(block)) for block in blocks]
+
+
 def _mean(state: KroneckerState) -> jax.Array:
     """The mean eigenvalue of the curvature, over all parameters."""
     values = state.scales or [
@@ -348,7 +365,7 @@ def _powered(
     blocks: tuple[Block, ...],
     state: KroneckerState,
     leaves: list[jax.Array],
-    damping: jax.Array,
+    dampings: list[jax.Array],
     tikhonov: Tikhonov,
     power: int,
 ) -> tuple[list[jax.Array], jax.Array]:
@@ -358,7 +375,7 @@ def _powered(
         blocks: of the params.
         state: with the bases to use.
         leaves: of the gradient.
-        damping: delta.
+        dampings: delta of each block.
         tikhonov: how it is added to Kronecker blocks.
         power: -1, 0 or 1.
 
@@ -372,12 +389,12 @@ def _powered(
     layer = diagonal = 0
     product = lambda spec, x, y: jnp.einsum(spec, x, y, precision="highest")
 
-    def scaled(numerator, curvature, size):
+    def scaled(numerator, curvature, damping, size):
         if power == -1:
             return _quotient(numerator, curvature, damping, size)
         return numerator * curvature**power, jnp.asarray(False)
 
-    for block in blocks:
+    for block, damping in zip(blocks, dampings, strict=True):
         chosen = [leaves[place].astype(dtype) for place in block.leaves]
         if block.groups:
             basis = state.bases[layer]
@@ -388,14 +405,14 @@ def _powered(
             rotated = product("kab,kao->kbo", basis.inputs, to_matrix(block, chosen))
             rotated = product("kbo,kop->kbp", rotated, basis.outputs)
             size = max(block.rows, block.columns)
-            divided, left_out = scaled(rotated, curvature, size)
+            divided, left_out = scaled(rotated, curvature, damping, size)
             back = product("kab,kbp->kap", basis.inputs, divided)
             back = product("kap,kop->kao", back, basis.outputs)
             results = from_matrix(block, back)
             layer += 1
         else:
             curvature = state.diagonal[diagonal] + damping
-            divided, left_out = scaled(chosen[0], curvature, 1)
+            divided, left_out = scaled(chosen[0], curvature, damping, 1)
             results = [divided]
             diagonal += 1
         for place, result in zip(block.leaves, results, strict=True):

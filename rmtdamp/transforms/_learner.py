@@ -1,15 +1,16 @@
 """A DampingLearner: how to measure, and how to decide. Both steps, no optax state."""
 
 import dataclasses
+import functools
 import warnings
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from rmtdamp._basis import normalised
 from rmtdamp._checks import check_range
 from rmtdamp._jax import is_traced, matmul_precision
+from rmtdamp._parts import Labels, Parts, as_function, parts_of
 from rmtdamp._tree import accumulation_dtype, num_examples, random_like, vdot
 from rmtdamp._types import Execution, LossFn, Mode, Params
 from rmtdamp.damping import (
@@ -66,9 +67,22 @@ class DampingLearner:
             by hand on a CPU, "scan" in the step there, "vmap" on accelerators.
         precision: matmul precision of the measurement.
         mode: how products are differentiated, see `rmtdamp.hessian.hvp`.
+        labels: a damping for each label, all from the same products: a pytree of names
+            like params, or a prefix of one, or a function from params to one, as in
+            `optax.partition`; `rmtdamp.damping.by_layer` names the layers. Numbers in
+            the state then have an entry for each of `label_names`, and the damping
+            travels inward as a tree like params, which `scale_by_adam_shrinkage` and
+            `scale_by_kfac` take. The moments are those of a
+            label's rows (`rmtdamp.hessian.moments`), the gradient's norm is the
+            label's, and the power iteration keeps each part v_l of its vector at unit
+            norm: lambda_l = ||(H v)_l||. Where it rests, H v = lambda_l v_l in each
+            part, so the Hessian divided by the lambda_l has the eigenvalue 1 at v: its
+            largest for a positive v, as for one label; a local maximum of v^T H v over
+            such v else.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a number out of its range; from `init`, labels that are no prefix of
+            params.
         TypeError: `loss_fn` or `rule` is not callable.
     """
 
@@ -86,8 +100,10 @@ class DampingLearner:
     execution: Execution | None = None
     precision: str | None = "highest"
     mode: Mode = "forward-over-reverse"
+    labels: Labels | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "labels", as_function(self.labels))
         if not callable(self.loss_fn):
             raise TypeError(
                 f"loss_fn is {type(self.loss_fn).__name__}: hand over a function "
@@ -111,14 +127,32 @@ class DampingLearner:
 
     def init(self, params: Params) -> LearnedDamping:
         """The state before any measurement: the damping is `floor`."""
-        needed = needs_of(self.rule)
-        start = lambda name: _start(self.seed, params) if name in needed else None
+        needed, parts = needs_of(self.rule), self.parts(params)
+        start = lambda name: (
+            _start(self.seed, params, parts) if name in needed else None
+        )
         return initial_damping(
             self.floor,
             accumulation_dtype(params),
+            parts.shape,
             start("max_eigenvalue"),
             start("effective_eigenvalue"),
         )
+
+    def parts(self, params: Params) -> Parts:
+        """Which leaves share a damping."""
+        return parts_of(self.labels, params)
+
+    def label_names(self, params: Params) -> tuple[str, ...] | None:
+        """What to name the entries of the state.
+
+        `dict(zip(learner.label_names(params), optax.tree.get(opt_state, "damping")))`
+        is what to log.
+
+        Returns:
+            The labels, sorted; None without labels.
+        """
+        return self.parts(params).names
 
     def refresh(self, measured: LearnedDamping, context: Context) -> LearnedDamping:
         """Measure on the batch for the noise of `batch_size` examples, and learn.
@@ -174,6 +208,7 @@ class DampingLearner:
             num_microbatches=num,
             num_probes=self.num_probes,
             batch_size=self.batch_size or context.batch_size,
+            labels=self.labels,
             execution=execution,
             precision=self.precision,
             mode=self.mode,
@@ -196,11 +231,12 @@ class DampingLearner:
 _FIRST_PRODUCTS = 8
 
 
-@jax.jit
-def _start(seed, params):
+@functools.partial(jax.jit, static_argnames="parts")
+def _start(seed, params, parts):
     dtype = accumulation_dtype(params)
     like = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), params)
-    return normalised(random_like(jax.random.key(seed), like, jax.random.normal))[0]
+    vector = random_like(jax.random.key(seed), like, jax.random.normal)
+    return parts.normalised(vector)[0]
 
 
 @jax.jit
@@ -216,13 +252,13 @@ def _power_step(learner, context, vector):
         mode=learner.mode,
     )
     found = jax.tree.map(lambda x, v: x.astype(v.dtype), found, vector)
-    following, value = normalised(found)
+    parts = learner.parts(context.params)
+    following, value = parts.normalised(found)
     good = jnp.isfinite(value) & (value > 0)
-    agreement = jnp.abs(vdot(vector, following))
-    keep = lambda x, v: jnp.where(good, x, v)
+    agreement = jnp.abs(parts.vdot(vector, following))
     return (
         jnp.where(good, value, jnp.nan),
-        jax.tree.map(keep, following, vector),
+        jax.tree.map(jnp.where, parts.spread(good, vector), following, vector),
         agreement,
     )
 

@@ -30,6 +30,7 @@ def damping_in_force(
         ValueError: neither is there, or a negative number.
     """
     check_damping(given)
+    check_one(name, given)
     if given is None:
         given = own(count) if callable(own) else own
     if given is None:
@@ -38,6 +39,25 @@ def damping_in_force(
             "auto_damping around it"
         )
     return jnp.asarray(given).astype(dtype)
+
+
+def is_one(damping: Any) -> bool:
+    """Whether a damping is one for all leaves, and no tree with one for each."""
+    return jax.tree_util.all_leaves([damping])
+
+
+def check_one(name: str, damping: Any) -> None:
+    """Refuse a damping for each leaf where there can be one alone.
+
+    Raises:
+        ValueError: `damping` is a tree.
+    """
+    if not is_one(damping):
+        raise ValueError(
+            f"{name} takes one damping and was handed a tree, a damping for each leaf: "
+            "leave out the learner's labels, or take scale_by_adam_shrinkage or "
+            "scale_by_kfac"
+        )
 
 
 def optimiser(

@@ -50,7 +50,9 @@ HELD = {"optimizer": "adam"}
 LEARNED = {"optimizer": "adam", "learned": True, "rule": "identity"}
 EQUIVARIANT = {**LEARNED, "rule": "scaled-identity"}
 RULES = {"learned": LEARNED, "learned, equivariant": EQUIVARIANT}
-KINDS = {"block": "its block", "rows": "its rows"}
+LAYERED = {
+    f"{name}, each layer": rule | {"layers": True} for name, rule in RULES.items()
+}
 PLAIN = "flat 1e-08"
 # The main job, with every field, so that finished runs outlive its defaults.
 ADAM_JOB = demo.Settings(
@@ -98,12 +100,8 @@ def _task_runs():
 def _layer_runs():
     runs = compared(FASHION, sorted(DAMPINGS + FINE))
     runs += compared(DIGITS) + compared(TEXT)
-    kinds = list(itertools.product((FASHION, DIGITS), KINDS, RULES.values()))
-    return runs + [
-        run_of(name, method, FLOOR, seed, layers=kind)
-        for name, kind, method in [*kinds, (TEXT, "rows", LEARNED)]
-        for seed in SEEDS
-    ]
+    axes = (FASHION, DIGITS, TEXT), LAYERED.values(), SEEDS
+    return runs + [run_of(x, m, FLOOR, s) for x, m, s in itertools.product(*axes)]
 
 
 def main_job(folder: pathlib.Path, *, data, method, settings: Row, seed) -> Row:
@@ -148,8 +146,7 @@ def label_of(row):
         return f"learned from {of['floor']:g}{''.join(unlike)}"
     if not row["method"].get("learned"):
         return f"flat {row['damping']:g}"
-    label = next(k for k, v in RULES.items() if v == row["method"])
-    return label + (f", a layer by {KINDS[row['layers']]}" if "layers" in row else "")
+    return next(k for k, v in (RULES | LAYERED).items() if v == row["method"])
 
 
 def _heads(row):
@@ -263,24 +260,22 @@ def _from_floors(found):
 def _by_layer(found):
     checks = []
     for task, labels in _tasks(found).items():
-        for label in (f"learned, a layer by {text}" for text in KINDS.values()):
-            if label in labels:
-                text = f"{task}: {label}, is below one for all, test loss"
-                ours, theirs = loss(labels[label]), loss(labels["learned"])
-                checks.append(claims.less(text, ours, theirs))
+        for one, each in zip(RULES, LAYERED, strict=True):
+            text = f"{task}: {each}, is below one for all, test loss"
+            checks.append(claims.less(text, loss(labels[each]), loss(labels[one])))
     return checks
 
 
 def _paths(rows):
     """Dampings along the run, layer by layer."""
     found = by([r for r in rows if r["task"]["dataset"] == FASHION], label_of)
-    for text in KINDS.values():
-        of = found[f"learned, a layer by {text}"]
+    for one, each in zip(RULES, LAYERED, strict=True):
+        of = found[each]
         layers = {
             name: [row | {"damping_curve": row["damping_curve"][name]} for row in of]
             for name in of[0]["damping_curve"]
-        } | {"one for all": found["learned"]}
-        yield report.training(layers, "damping_curve", f"damping of a layer by {text}")
+        } | {"one for all": found[one]}
+        yield report.training(layers, "damping_curve", f"damping: {each}")
 
 
 GAPS, ENDS = ("linear", "to the best flat"), ("log", "final damping")

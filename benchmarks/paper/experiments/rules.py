@@ -47,14 +47,19 @@ RULES = (
     "aware floor",
     "relative",
     "mean fraction",
+    "largest fraction",
     "gradient norm",
 )
+EACH_LAYER = {"kfac": "floor", "adam": "aware floor"}
 FLAT = {"kfac": (1e-3, 1e-2, 1e-1, 1.0), "adam": (1e-8, 1e-3, 1e-2, 1e-1)}
 ADAM = "flat 1e-08"
 # What is set beside Adam: optimisers of their own, and a form in which a damping
 # leaves the length of the step alone.
 PEERS = {
     "SGD": ({"optimizer": "sgd"}, 0.0),
+    "AdamW, 0.01": ({"optimizer": "adamw"}, 0.0),
+    "Adam-atan2": ({"optimizer": "adam-atan2"}, 0.0),
+    "Adam-mini": ({"optimizer": "adam-mini"}, 0.0),
     "AvaGrad, 0.1": ({"optimizer": "adam", "form": "avagrad"}, 0.1),
     "Muon": ({"optimizer": "muon"}, 0.0),
     "relative, length kept": (
@@ -72,6 +77,8 @@ def _methods(optimizer):
     for rule in RULES:
         floor = 1e-4 if rule == "identity" else 1e-8
         yield base | {"learned": True, "rule": rule}, floor
+    layered = {"learned": True, "rule": EACH_LAYER[optimizer], "layers": True}
+    yield base | layered, 1e-8
     if optimizer == "adam":
         yield from PEERS.values()
     else:  # as its authors have it, every fifth step
@@ -114,6 +121,7 @@ def _name(method: Row, damping: float) -> str:
         if (method, damping) == peer:
             return name
     rule = method.get("rule", "").replace("identity", "eq. 15")
+    rule += ", each layer" if method.get("layers") else ""
     return rule or f"flat {damping:g}"
 
 
