@@ -43,7 +43,7 @@ def damping_in_force(
 
 def is_one(damping: Any) -> bool:
     """Whether a damping is one for all leaves, and no tree with one for each."""
-    return jax.tree_util.all_leaves([damping])
+    return damping is None or jax.tree_util.all_leaves([damping])
 
 
 def check_one(name: str, damping: Any) -> None:
