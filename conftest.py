@@ -19,6 +19,16 @@ hypothesis.settings.register_profile("rmtdamp", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("rmtdamp")
 
 
+def pytest_configure(config):
+    """Compile a program once, for all tests and workers: most are the same, and small.
+
+    The folder stays, so that a second run of the tests hardly compiles.
+    """
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 @pytest.fixture
 def standard_promotion():
     """Optax itself relies on implicit promotion; our own code does not."""

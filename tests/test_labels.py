@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from problems import dense_hessian, mlp, mlp_batch, mlp_loss, quadratic_loss
 
 import rmtdamp
+import rmtdamp.flax
 from rmtdamp.damping import (
     GradientNorm,
     LevenbergMarquardt,
@@ -346,6 +348,36 @@ def _loss(factors):
     return lambda params, batch: factors.criterion(
         factors.model_fn(params, batch[0], Silent()), batch[1]
     )
+
+
+@pytest.mark.slow
+def test_the_layers_of_an_nnx_model_by_name():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.rise = nnx.Linear(3, 4, rngs=rngs)
+            self.out = nnx.Linear(4, 1, rngs=rngs)
+
+        def __call__(self, x):
+            return self.out(jnp.tanh(self.rise(x)))
+
+    model_loss = lambda model, batch: jnp.mean((model(batch[0]) - batch[1]) ** 2)
+    model = Model(nnx.Rngs(0))
+    learner = rmtdamp.DampingLearner(
+        rmtdamp.flax.curvature_loss(model, model_loss), labels=by_layer
+    )
+    optimizer = nnx.Optimizer(model, rmtdamp.auto_adam(0.01, learner), wrt=nnx.Param)
+    batch = jax.random.normal(jax.random.key(0), (16, 3)), jnp.ones((16, 1))
+
+    @nnx.jit
+    def step(model, optimizer, batch):
+        grads = nnx.grad(model_loss)(model, batch)
+        optimizer.update(model, grads, batch=batch)
+
+    step(model, optimizer, batch)
+    assert learner.label_names(nnx.state(model, nnx.Param)) == ("out", "rise")
+    found = optax.tree.get(optimizer.opt_state, "damping")[...]
+    assert found.shape == (2,)
+    assert np.all(found > 1e-4)
 
 
 def test_what_takes_one_damping_says_so():

@@ -142,17 +142,26 @@ def test_the_largest_eigenvalue_is_held_and_bad_ones_change_nothing():
         )
         held.append(float(state.max_eigenvalue))
         close(state.damping, held[-1] / 10)
-    close(held, [4, 2, 5, 5, 5, 5, 5**0.5])
+    close(held, [4, 4 / np.e, 5, 5, 5, 5, 5 / np.e])
     many = functools.partial(learn_damping, state, None, rule=rule, **options)
     close(many(jnp.int32(9600), eigenvalue=1.0).max_eigenvalue, 1)
     close(many(jnp.int32(1700), eigenvalue=3.0).max_eigenvalue, 3)
-    close(many(jnp.int32(1700), eigenvalue=1e9).max_eigenvalue, 10 * 5**0.5)
-    # By steps: two measurements forget what one would.
-    twice = many(jnp.int32(1620), eigenvalue=1.0)
-    twice = learn_damping(
-        twice, None, jnp.int32(1700), rule=rule, eigenvalue=1.0, **options
+    close(many(jnp.int32(1700), eigenvalue=1e9).max_eigenvalue, 50 / np.e)
+    # At first faster: by a factor of e while the run doubles.
+    young = learn_damping(
+        initial_damping(0.1, jnp.float32), None, jnp.int32(2), rule=rule,
+        eigenvalue=8.0, **options,
+    )  # fmt: skip
+    young = learn_damping(
+        young, None, jnp.int32(4), rule=rule, eigenvalue=0.1, **options
     )
-    close(twice.max_eigenvalue, many(jnp.int32(1700), eigenvalue=1.0).max_eigenvalue)
+    close(young.max_eigenvalue, 8 / np.e)
+    # By steps: two measurements forget what one would.
+    twice = many(jnp.int32(1620), eigenvalue=0.1)
+    twice = learn_damping(
+        twice, None, jnp.int32(1700), rule=rule, eigenvalue=0.1, **options
+    )
+    close(twice.max_eigenvalue, many(jnp.int32(1700), eigenvalue=0.1).max_eigenvalue)
     assert state.refresh_attempts == 7
     assert state.refresh_rejections == 3
 

@@ -50,6 +50,7 @@ DEFAULTS = {
     "b1": (0.9, {}),
     "b2": (0.999, {}),
     "seed": (0, {}),
+    "labels": (None, {}),
     "precision": ("highest", {}),
     "mode": ("forward-over-reverse", {}),
     "eigen_every": (10, {}),

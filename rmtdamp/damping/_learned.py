@@ -135,23 +135,22 @@ def _near(x, y) -> jax.Array:
     return (x <= _JUMP * y) & (y <= _JUMP * x) & jnp.isfinite(x)
 
 
-# Steps in which half of what is left of an eigenvalue's logarithm is forgotten, where
-# less is measured after it; fewer at first, when curvature falls by orders.
-_HALF_LIFE = 100.0
+# Steps in which an eigenvalue is let go by a factor of e where less is measured after
+# it; fewer at first, when curvature falls by orders.
+_LIFE = 100.0
 
 
 def _kept(learned, step) -> jax.Array:
-    """The weight of an eigenvalue's logarithm since the last measurement."""
+    """What is left of an eigenvalue since the last measurement."""
     step = jnp.asarray(step)
     dtype = learned.damping.dtype
     steps = jnp.maximum(step - learned.last_refresh, 0).astype(dtype)
-    return 0.5 ** (steps / jnp.clip(step.astype(dtype) / 2, 1, _HALF_LIFE))
+    return jnp.exp(-steps / jnp.clip(step.astype(dtype) / 2, 1, _LIFE))
 
 
 def _held(old, new, kept) -> jax.Array:
     """What is new, at most `_JUMP` times the old; see `learn_damping` if it is less."""
-    least = jnp.exp(kept * jnp.log(old) + (1 - kept) * jnp.log(new))
-    return jnp.where(jnp.isnan(old), new, jnp.clip(new, least, _JUMP * old))
+    return jnp.where(jnp.isnan(old), new, jnp.clip(new, kept * old, _JUMP * old))
 
 
 def learn_damping(
@@ -181,9 +180,9 @@ def learn_damping(
 
     Batches differ, and it is the sharpest of them that a step must survive. So a
     largest eigenvalue x that is smaller than the last one, lambda, is followed slowly,
-    lambda <- lambda^r x^(1-r) with r = 2^(-k/h) after k steps, however often they were
-    measured in: h is 100 steps, or half of the run so far where that is less (the
-    geometric mean at steps 1, 2, 4, ...). It grows at most tenfold in a measurement.
+    lambda <- max(x, lambda e^(-k/h)) after k steps, however often they were measured
+    in: h is 100 steps, or half of the run so far where that is less. It grows at most
+    tenfold in a measurement.
 
     Values cannot raise inside a compiled step, so what cannot be used is counted. A
     measurement that is not finite or not confirmed changes nothing; one after which the

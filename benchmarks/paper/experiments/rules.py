@@ -51,7 +51,11 @@ RULES = (
     "gradient norm",
 )
 EACH_LAYER = {"kfac": "floor", "adam": "aware floor"}
-FLAT = {"kfac": (1e-3, 1e-2, 1e-1, 1.0), "adam": (1e-8, 1e-3, 1e-2, 1e-1)}
+FLAT = {
+    "kfac": (1e-3, 1e-2, 1e-1, 1.0),
+    "adam": (1e-8, 1e-3, 1e-2, 1e-1),
+    "subspace": (1e-3, 1e-2, 1e-1, 1.0),
+}
 ADAM = "flat 1e-08"
 # What is set beside Adam: optimisers of their own, and a form in which a damping
 # leaves the length of the step alone.
@@ -101,6 +105,17 @@ def _text_runs():
     """Adam as it comes and under its rule: a run takes a minute."""
     adam, aware = (m for m in _methods("adam") if _name(*m) in (ADAM, "aware floor"))
     axes = TEXT.values(), (adam, aware), RATES, range(2)
+    return [_run(s, *m, r, i) for s, m, r, i in itertools.product(*axes)]
+
+
+def _lanczos_runs():
+    """Two tasks and three seeds: a step takes twenty products."""
+    base = {"optimizer": "subspace", "early": True}
+    methods = [(base, damping) for damping in FLAT["subspace"]]
+    learned = {"identity": 1e-4, "floor": 1e-8}
+    methods += [(base | {"learned": True, "rule": k}, v) for k, v in learned.items()]
+    tasks = [v for k, v in TASKS.items() if not k.startswith("Fashion")]
+    axes = tasks, methods, RATES, range(3)
     return [_run(s, *m, r, i) for s, m, r, i in itertools.product(*axes)]
 
 
@@ -224,6 +239,15 @@ def _kfac_checks(found):
     ]
 
 
+def _lanczos_checks(found):
+    flat = [f"flat {x:g}" for x in FLAT["subspace"]]
+    return [
+        _trains(found, "floor"),
+        _below_all(found, "floor", [*flat, "eq. 15"]),
+        *_at_best(found, "floor", flat, 0.02, "the best flat"),
+    ]
+
+
 def _wider(found, ours):
     """How many times as many good rates as Adam's, over the tasks."""
     count = lambda name: sum(near(found, (task, name)) for task in _tasks(found))
@@ -279,5 +303,6 @@ EXPERIMENTS = [
         ("rules_kfac", functools.partial(_runs, "kfac"), _kfac_checks),
         ("rules_adam", functools.partial(_runs, "adam"), _adam_checks),
         ("rules_text", _text_runs, _text_checks),
+        ("rules_lanczos", _lanczos_runs, _lanczos_checks),
     )
 ]
