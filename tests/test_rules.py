@@ -15,6 +15,7 @@ from rmtdamp import DampingLearner, auto_damping, scale_by_adam_shrinkage
 from rmtdamp.damping import (
     Evidence,
     GradientNorm,
+    LargestFraction,
     LevenbergMarquardt,
     Maximum,
     MeanFraction,
@@ -179,6 +180,15 @@ def test_the_power_iteration_finds_the_largest_magnitude_and_goes_on():
     assert jnp.isnan(get(state, "measured_variance"))  # nobody asked for it
 
 
+def test_a_fraction_of_the_largest_eigenvalue_needs_no_learning_rate():
+    learner = learner_of(LargestFraction(0.25))
+    tx = auto_damping(scale_by_adam_shrinkage(), learner, refresh_every=None)
+    state = tx.init(PARAMS)
+    for _ in range(5):
+        state = rmtdamp.refresh(state, learner, PARAMS, ROWS)
+    close(get(state, "damping"), LAMBDA / 4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("rule", [FLOOR, AWARE], ids=["plain", "aware"])
 def test_by_hand_is_what_the_step_does(rule):
     learner = learner_of(rule)
@@ -220,6 +230,8 @@ def test_a_rate_that_nobody_gave_is_asked_for():
         StabilityFloor(safety=0)
     with pytest.raises(ValueError, match="momentum is 1, and must be in"):
         StabilityFloor(momentum=1)
+    with pytest.raises(ValueError, match="fraction is 0, and must be above 0"):
+        LargestFraction(0)
 
 
 def test_auto_adam_hands_its_rate_and_momentum_on():
