@@ -42,7 +42,7 @@ class Settings(NamedTuple):
     sgd_learning_rate: float = 0.05
     damping: float = 1e-3
     floor: float = 1e-8
-    every: int = 100
+    every: int = 20
     rule: str = "stability-floor"
     form: str = "damping"
 
