@@ -172,6 +172,7 @@ def test_a_matrix_of_equal_shapes_compiles_nothing(name):
     assert compiled_by(lambda: find(mean, 12)) <= 1
 
 
+@pytest.mark.slow
 def test_algorithms_share_one_product():
     """A step more is a program more, the product is not: eigsh then compiles less than
     one program for each of the network's four leaves."""

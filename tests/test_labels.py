@@ -78,6 +78,7 @@ def test_weighted_by_their_sizes_labels_sum_to_the_whole():
     assert parts.probe_stderr.shape == (2,)
 
 
+@pytest.mark.slow
 def test_the_moments_of_a_label_estimate_its_rows():
     params, batch = mlp(jax.random.key(0)), mlp_batch(jax.random.key(1), count=16)
     dense = lambda part: dense_hessian(mlp_loss, params, part)
@@ -128,7 +129,16 @@ def trained(labels, rule, steps=12):
     return params, state
 
 
-@pytest.mark.parametrize("name", RULES)
+SLOWER = pytest.mark.slow  # a rule takes seconds to compile
+
+
+def few(*names):
+    """These rules among the fast tests, the others among the slow ones."""
+    marks = lambda name: () if name in names else SLOWER
+    return [pytest.param(name, marks=marks(name)) for name in RULES]
+
+
+@pytest.mark.parametrize("name", few("eq. 15", "aware"))
 def test_one_label_for_all_is_no_label(name):
     (params, state), (same, labelled) = (
         trained(labels, RULES[name]) for labels in (None, lambda _: "all")
@@ -142,7 +152,7 @@ def test_one_label_for_all_is_no_label(name):
     assert int(attempts) == (0 if name == "gradient" else 4)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", few("aware", "relative"))
 def test_every_rule_decides_for_each_label(name):
     _, state = trained(by_layer, RULES[name])
     field = "relative_damping" if name == "relative" else "damping"
@@ -287,7 +297,7 @@ def kfac_problem():
     return params, factors, (inputs, jnp.ones((16, 2)))
 
 
-@pytest.mark.parametrize("ekfac", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ekfac", [False, pytest.param(True, marks=SLOWER)])
 def test_kfac_takes_a_damping_for_each_layer(ekfac):
     params, factors, batch = kfac_problem()
     measurer = rmtdamp.KroneckerMeasurer(factors, ekfac=ekfac)
@@ -317,7 +327,7 @@ def test_kfac_takes_a_damping_for_each_layer(ekfac):
     jax.tree.map(functools.partial(close, atol=1e-12), back, params)
 
 
-@pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize("preconditioned", [pytest.param(False, marks=SLOWER), True])
 def test_kfac_learns_a_damping_for_each_layer(preconditioned):
     params, factors, batch = kfac_problem()
     rule = StabilityFloor(8.0, preconditioned=preconditioned)

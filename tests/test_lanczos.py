@@ -230,6 +230,7 @@ def test_eigsh_of_low_rank_and_identity(k):
     np.testing.assert_allclose(low_rank.eigenvalues, expected, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_eigsh_respects_its_budget_and_reports_what_is_left():
     matrix = with_spectrum(np.linspace(0, 1, 300))
     calls = []

@@ -358,6 +358,7 @@ def test_command_prints_a_page_and_writes_two_files(target, tmp_path, capsys):
     assert got["largest"]["eigenvalues"] == pytest.approx(values[-1:], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_one_batch_stands_for_the_data_set():
     loss_fn, params, batches, _ = problem()
     found = measure(loss_fn, params, batches[:1], jax.random.key(1), k=4)

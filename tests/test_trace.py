@@ -159,6 +159,7 @@ def test_hutchinson_is_matfree_with_the_same_probes():
         chex.assert_trees_all_close(found.stderr, sem * (9 / 8) ** 0.5, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_xtrace_is_matfree_with_the_same_test_vectors():
     matrix, key = decaying(jax.random.key(0)), jax.random.key(1)
     tests = drawn(key, 0, 8, 40, jax.random.normal)

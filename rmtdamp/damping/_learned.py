@@ -22,9 +22,12 @@ SETTLED = 0.9
 
 
 class Probe(NamedTuple):
-    """A power iteration on (B + delta)^-1 H, between its two halves."""
+    """A power iteration on (B + delta)^-1 H, between its two halves.
 
-    vector: Params  # of unit norm: v, or its product H v / ||H v|| where one waits
+    Scalars, or with labels an entry for each part of the vector.
+    """
+
+    vector: Params  # each part of unit norm: v, or its product H v / ||H v|| where one waits
     scale: jax.Array  # ||H v||
     cosine: jax.Array  # |v^T H v| / ||H v||
     energy: jax.Array  # v^T D v with the D that led to v, NaN before

@@ -79,8 +79,7 @@ def scale_by_kfac(
         of the curvature's mean eigenvalue, `batch`, and `curvature_power`, with which
         it is the product with a power of the damped curvature. The dampings are
         scalars, or a tree like params, a scalar for each leaf, of which a layer takes
-        the largest. Updates have
-        the gradients' dtypes, all else is float32 or wider.
+        the largest. Updates have the gradients' dtypes, all else is float32 or wider.
 
     Raises:
         ValueError: a number out of its range, an unknown `tikhonov`, EKFAC with
