@@ -27,7 +27,7 @@ class Probe(NamedTuple):
     Scalars, or with labels an entry for each part of the vector.
     """
 
-    vector: Params  # each part of unit norm: v, or its product H v / ||H v|| where one waits
+    vector: Params  # parts of unit norm: v, or its product H v / ||H v|| that waits
     scale: jax.Array  # ||H v||
     cosine: jax.Array  # |v^T H v| / ||H v||
     energy: jax.Array  # v^T D v with the D that led to v, NaN before

@@ -73,11 +73,11 @@ class DampingLearner:
             the state then have an entry for each of `label_names`, and the damping
             travels inward as a tree like params, which `scale_by_adam_shrinkage` and
             `scale_by_kfac` take. The moments are those of a label's rows
-            (`rmtdamp.hessian.moments`), the gradient's norm is the label's, and the power iteration keeps each part v_l of its vector at unit
-            norm: lambda_l = ||(H v)_l||. Where it rests, H v = lambda_l v_l in each
-            part, so the Hessian divided by the lambda_l has the eigenvalue 1 at v: its
-            largest for a positive v, as for one label; a local maximum of v^T H v over
-            such v else.
+            (`rmtdamp.hessian.moments`), the gradient's norm is the label's, and the
+            power iteration keeps each part v_l of its vector at unit norm: lambda_l =
+            ||(H v)_l||. Where it rests, H v = lambda_l v_l in each part, so the Hessian
+            divided by the lambda_l has the eigenvalue 1 at v: its largest for a
+            positive v, as for one label; a local maximum of v^T H v over such v else.
 
     Raises:
         ValueError: a number out of its range; from `init`, labels that are no prefix of
