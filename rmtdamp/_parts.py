@@ -90,6 +90,31 @@ class Parts(NamedTuple):
 WHOLE = Parts()
 
 
+def spread_prefix(name: str, prefix: Any, tree: Params) -> Params:
+    """A tree like `tree` with what `prefix` has for each leaf, or its subtree.
+
+    Args:
+        name: of the argument, for the message.
+        prefix: pytree whose leaves stand for subtrees of `tree`.
+        tree: pytree.
+
+    Returns:
+        The tree.
+
+    Raises:
+        ValueError: it is no prefix.
+    """
+    spread = lambda value, part: jax.tree.map(lambda _: value, part)
+    try:
+        return jax.tree.map(spread, prefix, tree)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} is a tree {jax.tree.structure(prefix)} and params one "
+            f"{jax.tree.structure(tree)}: give each leaf of params, or each subtree, "
+            "one of its own"
+        ) from error
+
+
 def parts_of(labels: Callable[[Params], Any] | None, params: Params) -> Parts:
     """The parts of params.
 
@@ -107,19 +132,7 @@ def parts_of(labels: Callable[[Params], Any] | None, params: Params) -> Parts:
     """
     if labels is None:
         return WHOLE
-    tree = labels(params)
-    try:
-        found = jax.tree.leaves(
-            jax.tree.map(
-                lambda name, part: jax.tree.map(lambda _: name, part), tree, params
-            )
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"labels are a tree {jax.tree.structure(tree)} and params one "
-            f"{jax.tree.structure(params)}: give each leaf of params, or each subtree, "
-            "a name"
-        ) from error
+    found = jax.tree.leaves(spread_prefix("labels", labels(params), params))
     for name in found:
         if not isinstance(name, str):
             raise TypeError(f"a label is {name!r}: take strings, which can be sorted")

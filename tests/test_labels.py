@@ -238,6 +238,28 @@ def test_adam_takes_a_damping_for_each_leaf(form):
         jax.tree.map(np.testing.assert_array_equal, state, after)
 
 
+@pytest.mark.parametrize("form", ["damping", "shrinkage"])
+def test_dampings_of_ones_own_for_subtrees(form):
+    adam = rmtdamp.scale_by_adam_shrinkage(form=form)
+    schedule = lambda count: {"a": 0.1, "b": 0.2 / (1 + count)}
+    tx = rmtdamp.set_damping(adam, schedule, target=0.5)
+    grads = jax.tree.map(lambda x: 0.3 * x, PARAMS)
+    state, plain = tx.init(PARAMS), adam.init(PARAMS)
+    for b in (0.2, 0.1):
+        found, state = jax.jit(tx.update)(grads, state, PARAMS)
+        given = {"a": 0.1, "b": {"x": b, "y": b}}
+        target = jax.tree.map(lambda _: 0.5, given)
+        expected, plain = adam.update(
+            grads, plain, PARAMS, damping=given, damping_target=target
+        )
+        jax.tree.map(close, found, expected)
+    close(optax.tree.get(state, "damping")["b"], 0.1)
+    with pytest.raises(ValueError, match=r"damping is a tree .* each leaf of params"):
+        rmtdamp.set_damping(adam, {"a": 0.1}).init(PARAMS)
+    with pytest.raises(ValueError, match="damping is -1, and must be at least 0"):
+        rmtdamp.set_damping(adam, {"a": 0.1, "b": -1})
+
+
 @pytest.mark.parametrize("form", ["length", "avagrad"])
 def test_the_length_is_that_of_all_leaves(form):
     adam = rmtdamp.scale_by_adam_shrinkage(form=form)
@@ -405,7 +427,9 @@ def test_what_takes_one_damping_says_so():
 
 def test_labels_that_do_not_fit_are_refused():
     learner = rmtdamp.DampingLearner(quadratic_loss, labels={"a": "one"})
-    with pytest.raises(ValueError, match="each leaf of params, or each subtree"):
+    with pytest.raises(
+        ValueError, match=r"labels is a tree .* each leaf of params, or"
+    ):
         learner.init(PARAMS)
     learner = rmtdamp.DampingLearner(quadratic_loss, labels={"a": 1, "b": "two"})
     with pytest.raises(TypeError, match="a label is 1: take strings"):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from rmtdamp._checks import check_every, check_range
-from rmtdamp._parts import Parts
+from rmtdamp._parts import Parts, spread_prefix
 from rmtdamp._tree import accumulation_dtype, aligned, scale, vdot
 from rmtdamp._types import LossFn
 from rmtdamp.damping import (
@@ -28,6 +28,7 @@ from rmtdamp.damping import (
 
 from ._learner import DampingLearner
 from ._measurer import Context, check_whole, refresh_in_step
+from ._optimiser import is_one
 
 
 class AutoDampingState(NamedTuple):
@@ -43,7 +44,7 @@ class SetDampingState(NamedTuple):
     """State of `set_damping`."""
 
     count: Any  # (), int32, steps taken
-    damping: jax.Array  # (), delta that the last step used
+    damping: Any  # delta that the last step used, () or a tree of them
     damping_target: jax.Array  # (), tau
     inner_state: Any  # of the transformation inside
 
@@ -381,15 +382,18 @@ def set_damping(
 
     Args:
         inner: a transformation whose `update` uses the extra argument `damping`.
-        damping: delta, a number or a schedule of the step, in the unit of `inner`.
+        damping: delta, a number or a schedule of the step, in the unit of `inner`. For
+            Adam and KFAC also a tree of numbers like params, or a prefix of one, a
+            damping for each layer; a schedule may return one.
         target: tau, for transformations with a shrinkage form.
 
     Returns:
         A gradient transformation.
 
     Raises:
-        ValueError: a negative number, an inner transformation that ignores `damping`
-            or holds one itself, a `damping` from outside.
+        ValueError: a negative number, a tree that is no prefix of params, an inner
+            transformation that ignores `damping` or holds one itself, a `damping` from
+            outside.
 
     Example:
         >>> import jax.numpy as jnp
@@ -402,7 +406,8 @@ def set_damping(
         >>> print(f"{optax.tree.get(state, 'damping'):.2f}")
         0.01
     """
-    check_range("damping", damping, lambda x: x >= 0, "at least 0")
+    for number in jax.tree.leaves(damping):
+        check_range("damping", number, lambda x: x >= 0, "at least 0")
     inner = optax.with_extra_args_support(inner)
 
     def at(count):
@@ -411,23 +416,29 @@ def set_damping(
     def init(params):
         dtype = accumulation_dtype(params)
         count = jnp.zeros((), jnp.int32)
+        spread_prefix("damping", at(count), params)
         return SetDampingState(
             count=count,
             # Copies: a step that donates its state must not delete the arguments.
-            damping=jnp.array(at(count), dtype, copy=True),
+            damping=jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), at(count)),
             damping_target=jnp.array(target, dtype, copy=True),
             inner_state=_init_inside(inner, params),
         )
 
     def update(updates, state, params=None, **extra_args):
         _check_not_handed_in(extra_args)
-        value = jnp.asarray(at(state.count)).astype(state.damping.dtype)
+        like = lambda new, old: jnp.asarray(new).astype(old.dtype)
+        value = jax.tree.map(like, at(state.count), state.damping)
+        given, target = value, state.damping_target
+        if not is_one(value):
+            given = spread_prefix("damping", value, updates)
+            target = jax.tree.map(lambda _: state.damping_target, given)
         updates, inner_state = inner.update(
             updates,
             state.inner_state,
             params,
-            damping=value,
-            damping_target=state.damping_target,
+            damping=given,
+            damping_target=target,
             **extra_args,
         )
         return updates, SetDampingState(

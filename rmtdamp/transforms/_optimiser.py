@@ -55,8 +55,8 @@ def check_one(name: str, damping: Any) -> None:
     if not is_one(damping):
         raise ValueError(
             f"{name} takes one damping and was handed a tree, a damping for each leaf: "
-            "leave out the learner's labels, or take scale_by_adam_shrinkage or "
-            "scale_by_kfac"
+            "give it one (a learner without labels, a single number), or take "
+            "scale_by_adam_shrinkage or scale_by_kfac"
         )
 
 
