@@ -189,6 +189,7 @@ def test_algorithms_share_one_product():
     assert multiply._cache_size() == size == 1
 
 
+@pytest.mark.slow
 def test_a_sum_of_matrices():
     parts = pieces(16, 16)
     matvec = sum_matvec(

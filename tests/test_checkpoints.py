@@ -169,6 +169,7 @@ def nnx_step(model, optimizer):
     optimizer.update(model, grads, batch=BATCH, loss_args=state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "restore",
     [through_orbax, pytest.param(through_flax, marks=pytest.mark.slow)],

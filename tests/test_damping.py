@@ -116,6 +116,7 @@ def test_rules_minimise_the_error_they_are_derived_from(rule, target, mean):
         )
 
 
+@pytest.mark.slow
 def test_rules_from_measured_moments_of_wigner_noise():
     """Batches of H_true + X_i: measured moments lead to the closed-form dampings."""
     p, count, noise, mean = 200, 64, 2.0, 0.5

@@ -248,6 +248,7 @@ def test_train_state_hands_extra_arguments_through_multi_steps(accumulate):
     assert state.params["w"][0] != 0
 
 
+@pytest.mark.slow
 def test_a_model_without_state_needs_no_loss_args():
     """Neither in the step, nor by hand, nor for KFAC's factors."""
     model = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))

@@ -112,6 +112,7 @@ def test_zero_matrix():
     np.testing.assert_array_equal(found.ritz()[0], 0)
 
 
+@pytest.mark.slow
 def test_a_small_bulk_beside_a_large_outlier_is_no_breakdown():
     """Outlier 100, bulk of 1e-2 in float32: the bulk is far above rounding."""
     spectrum = np.concatenate([1e-2 * np.linspace(-1, 1, 99), [100.0]])
@@ -284,6 +285,7 @@ def test_density_of_a_traced_call_and_with_a_basis():
     np.testing.assert_allclose(full.nodes, eager.nodes, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_density_smoothing_integrates_to_one_and_breakdown_has_no_weight():
     u = normal(0, 50)
     u = u / jnp.linalg.norm(u)

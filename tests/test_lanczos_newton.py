@@ -138,6 +138,7 @@ def test_equation_9_on_a_subspace(num_steps, sharp_divisor):
     np.testing.assert_allclose(get(state, "ritz_values"), values, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_a_padded_ritz_vector_contributes_nothing():
     """I + 100 u u^T in float32, P = 200, m = 20: the Krylov space has two dimensions,
     in which the step is exact, and outside it is g / delta."""
@@ -246,6 +247,7 @@ def test_a_refresh_by_hand_of_new_data_compiles_nothing():
     assert not logs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrap",
     [

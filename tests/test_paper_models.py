@@ -25,7 +25,7 @@ SMALL = {
 }
 networks = pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (i > 2)) for i, n in enumerate(SMALL)],
+    [pytest.param(n, marks=[pytest.mark.slow] * (i > 1)) for i, n in enumerate(SMALL)],
 )
 
 
@@ -166,6 +166,7 @@ def test_max_pool_is_that_of_flax(shape):
     np.testing.assert_allclose(slope(max_pool), slope(theirs), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_transformer_is_causal():
     with jax.default_prng_impl("rbg"):
         model = build("transformer", 11, (8,), width=0.125, seed=6)

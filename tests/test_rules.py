@@ -378,6 +378,7 @@ def test_kfac_and_lanczos_take_a_relative_damping():
 SLOW_RATES = [pytest.param(x, marks=pytest.mark.slow) for x in (0.01, 0.1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learning_rate", [*SLOW_RATES, 1.0])
 def test_lanczos_newton_trains_where_sharp_directions_are_left_out(learning_rate):
     """Two Ritz pairs from a random start; eight directions are divided by delta."""

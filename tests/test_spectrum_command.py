@@ -101,6 +101,7 @@ def dense():
     return [np.asarray(dense_hessian(loss_fn, params, x)) for x in (data, batches[0])]
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_dense_hessians():
     loss_fn, params, _, data = problem()
     whole, first = dense()

@@ -14,6 +14,8 @@ from problems import dense_hessian, mlp, mlp_batch, mlp_loss, symmetric
 from rmtdamp.hessian._trace import diagonal, trace
 
 TRACE = ["hutchinson", "hutch++", "xtrace"]
+# The same with what takes seconds to compile among the slow tests.
+TRACE_SLOW = [TRACE[0], *(pytest.param(x, marks=pytest.mark.slow) for x in TRACE[1:])]
 DIAGONAL = ["hutchinson", "hutch++"]
 PAIRS = [(trace, method) for method in TRACE] + [(diagonal, m) for m in DIAGONAL]
 
@@ -94,6 +96,7 @@ def test_low_rank_is_exact_with_a_sketch_of_twenty(estimator, method, rank):
         assert jnp.all(found.stderr < 1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "num_probes"), [("hutch++", 36), ("xtrace", 24)])
 def test_a_sketch_of_every_direction_is_exact(method, num_probes):
     matrix = decaying(jax.random.key(2), 12)
@@ -125,7 +128,7 @@ def test_a_steep_spectrum_leaves_no_nan():
 
 
 @pytest.mark.parametrize("unit", [1e25, 1e-25])
-@pytest.mark.parametrize("method", TRACE)
+@pytest.mark.parametrize("method", TRACE_SLOW)
 def test_a_matrix_whose_norm_has_no_square_in_float32(method, unit):
     """unit (2 I + 9 u u^T) against the same without its unit, standard error too."""
     u = jax.random.normal(jax.random.key(0), (40,), jnp.float32)
@@ -202,7 +205,7 @@ def test_xtrace_from_its_definition():
     chex.assert_trees_all_close(found.stderr, stderr, rtol=1e-8)
 
 
-@pytest.mark.parametrize("method", TRACE)
+@pytest.mark.parametrize("method", TRACE_SLOW)
 def test_trace_is_unbiased(method):
     """Over 4,000 keys; for the methods with independent samples the mean of stderr^2 is
     the variance itself, and must match what the estimates do."""
@@ -313,7 +316,7 @@ def tree_problem():
     return params, matvec, dense_hessian(mlp_loss, params, batch)
 
 
-@pytest.mark.parametrize("method", TRACE)
+@pytest.mark.parametrize("method", TRACE_SLOW)
 def test_network_eager_traced_and_dense(method):
     params, matvec, hessian = tree_problem()
     run = functools.partial(
