@@ -47,9 +47,8 @@ class HessianMoments(NamedTuple):
     """Traces of the Hessian and of its sampling noise, each divided by P.
 
     With labels all but the loss have shape (labels,) and are sums over a label's rows
-    of the Hessian, divided by its number of parameters. Units: with
-    [H] the unit of a Hessian eigenvalue, `mean` is in [H], `square` and `variance` in
-    [H]^2.
+    of the Hessian, divided by its number of parameters. Units: with [H] the unit of a
+    Hessian eigenvalue, `mean` is in [H], `square` and `variance` in [H]^2.
     """
 
     mean: jax.Array  # (), nu = P^-1 Tr H of the expected Hessian
@@ -138,13 +137,13 @@ def _stacked(products: list) -> Any:
     return jax.tree.map(lambda *ys: jnp.stack(ys), *products)
 
 
-def _parts(batch: Batch, n: int) -> Batch:
+def _microbatches(batch: Batch, n: int) -> Batch:
     """Microbatch i is `[:, i]`, of strided examples."""
     # x.reshape(b, n)[:, i] is x[i::n]: a batch sharded over devices stays spread.
     return jax.tree.map(lambda x: jnp.reshape(x, (-1, n, *x.shape[1:])), batch)
 
 
-def _part(parts: Batch, i) -> Batch:
+def _microbatch(parts: Batch, i) -> Batch:
     row = functools.partial(jax.lax.dynamic_index_in_dim, axis=1, keepdims=False)
     return jax.tree.map(lambda x: row(x, i), parts)
 
@@ -181,15 +180,15 @@ def _in_graph(
     execution, precision, mode, stderr, labelled,
 ):  # fmt: skip
     n, rows = num_microbatches, _Rows(labelled, params)
-    parts = _parts(batch, n)
-    _check(loss_fn, params, _part(parts, 0), loss_args, mode)
+    parts = _microbatches(batch, n)
+    _check(loss_fn, params, _microbatch(parts, 0), loss_args, mode)
 
     def measure(number):
         probe = _probe(key, number, params)
         evaluate = lambda part: _evaluate(loss_fn, params, part, probe, loss_args, mode)
 
         def take(sums, i):
-            loss, product = evaluate(_part(parts, i))
+            loss, product = evaluate(_microbatch(parts, i))
             return _add(rows, sums, i, loss, product), (product if stderr else None)
 
         with matmul_precision(precision):
@@ -232,7 +231,7 @@ def _take(
     loss_fn, params, batch, probe, loss_args, sums, i, *, num_microbatches, precision,
     mode, stderr, labelled,
 ):  # fmt: skip
-    part = _part(_parts(batch, num_microbatches), i)
+    part = _microbatch(_microbatches(batch, num_microbatches), i)
     _check(loss_fn, params, part, loss_args, mode)
     with matmul_precision(precision):
         loss, product = _evaluate(loss_fn, params, part, probe, loss_args, mode)

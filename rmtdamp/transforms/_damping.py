@@ -321,18 +321,10 @@ def auto_damping(
         state,
         params=None,
         *,
-        batch=None,
-        loss_args=(),
-        curvature_batch=None,
         learning_rate=None,
         **extra_args,
     ):
         _check_not_handed_in(extra_args)
-        given = {
-            "batch": batch,
-            "loss_args": loss_args,
-            "curvature_batch": curvature_batch,
-        }
         learned, parts = state.measured, learner.parts(updates)
         if needed & MEASURED:
             settling = None
@@ -345,7 +337,7 @@ def auto_damping(
                 state,
                 updates,
                 params,
-                **given,
+                **extra_args,
             )
             if settling and refresh_every is None:  # measured by hand
                 learned = settling.settle(learned, params)
@@ -354,7 +346,6 @@ def auto_damping(
                 needed, parts, state.count, updates, own, learning_rate
             )
             learned = learner.decide(learned, known)
-        extra_args |= {name: x for name, x in given.items() if x is not None}
         updates, inner_state = inner.update(
             updates,
             state.inner_state,
@@ -416,11 +407,12 @@ def set_damping(
     def init(params):
         dtype = accumulation_dtype(params)
         count = jnp.zeros((), jnp.int32)
-        spread_prefix("damping", at(count), params)
+        first = at(count)
+        spread_prefix("damping", first, params)  # raises if it is no prefix
         return SetDampingState(
             count=count,
             # Copies: a step that donates its state must not delete the arguments.
-            damping=jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), at(count)),
+            damping=jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), first),
             damping_target=jnp.array(target, dtype, copy=True),
             inner_state=_init_inside(inner, params),
         )

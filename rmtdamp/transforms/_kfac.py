@@ -144,12 +144,8 @@ def scale_by_kfac(
         damping=None,
         relative_damping=None,
         curvature_power=None,
-        batch=None,
-        loss_args=(),
-        curvature_batch=None,
         **extra_args,
     ):
-        del extra_args
         leaves, treedef = jax.tree.flatten(updates)
         product = curvature_power is not None
         measured = refresh_in_step(
@@ -159,9 +155,7 @@ def scale_by_kfac(
             state,
             updates,
             params,
-            batch=batch,
-            loss_args=loss_args,
-            curvature_batch=curvature_batch,
+            **extra_args,
         )
         _check_leaves(blocks, leaves, "the gradient")
         dtype = measured.factor_weight.dtype

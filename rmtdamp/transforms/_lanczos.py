@@ -155,12 +155,8 @@ def scale_by_lanczos(
         damping=None,
         relative_damping=None,
         curvature_power=None,
-        batch=None,
-        loss_args=(),
-        curvature_batch=None,
         **extra_args,
     ):
-        del extra_args
         leaves, treedef = jax.tree.flatten(updates)
         count = optax.safe_increment(state.count)
         if not leaves:
@@ -174,9 +170,7 @@ def scale_by_lanczos(
             state,
             updates,
             params,
-            batch=batch,
-            loss_args=loss_args,
-            curvature_batch=curvature_batch,
+            **extra_args,
         )
         dtype = subspace.ritz_values.dtype
         in_force = lambda given: damping_in_force(

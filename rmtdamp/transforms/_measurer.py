@@ -203,15 +203,17 @@ def refresh_in_step(
     state: Any,
     updates: Params,
     params: Params | None,
+    /,  # extra arguments of other transformations may have any name
     *,
     batch: Batch | None = None,
     loss_args: tuple = (),
     curvature_batch: Batch | None = None,
+    **extra_args: Any,
 ) -> Any:
     """What is known in this step: measured anew in every `refresh_every`-th one.
 
     For the `update` of a transformation whose state has the fields `count` and
-    `measured`.
+    `measured`; hand its extra arguments on.
 
     Args:
         name: of the transformation, for messages.
@@ -224,6 +226,7 @@ def refresh_in_step(
         batch: the training batch.
         loss_args: further arguments of the loss.
         curvature_batch: another sample to measure on.
+        **extra_args: of the step, for others.
 
     Returns:
         The new `measured`.
@@ -232,6 +235,7 @@ def refresh_in_step(
         ValueError: params or batch missing, params with holes, a bad batch.
         TypeError: params that are not real floats, `loss_args` that are no tuple.
     """
+    del extra_args
     if refresh_every is None or not jax.tree.leaves(updates):
         return state.measured
     context = _context(
