@@ -13,12 +13,13 @@ runs. One walk explains the package:
 
 The random-matrix laws behind it are in `rmtdamp.rmt`; `rmtdamp.outliers` tells a
 Hessian's directions from its noise, `rmtdamp.stability` how large a learning rate may
-be. For users: `rmtdamp.schedules`, `rmtdamp.flax`, `rmtdamp.plot`, `rmtdamp.spectrum`,
-and `python -m rmtdamp`.
+be; `rmtdamp.flatness` makes a penalty of the trace. For users: `rmtdamp.schedules`,
+`rmtdamp.flax`, `rmtdamp.plot`, `rmtdamp.spectrum`, and `python -m rmtdamp`.
 """
 
 from . import (
     damping as damping,
+    flatness as flatness,
     hessian as hessian,
     kronecker as kronecker,
     outliers as outliers,
