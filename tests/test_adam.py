@@ -129,6 +129,7 @@ FACTORIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [n if n == "adam" else pytest.param(n, marks=SLOW) for n in FACTORIES],

@@ -254,6 +254,7 @@ def test_a_lasting_change_is_followed_at_the_second_measurement():
     np.testing.assert_allclose(dampings[:4], [1e-3, 1e-3, 1e-3, 3e-2], rtol=1e-6)
 
 
+@pytest.mark.slow
 @hypothesis.given(
     st.lists(st.floats(0.2, 5.0), min_size=1, max_size=8), st.floats(1e-6, 1e6)
 )

@@ -209,6 +209,7 @@ def test_before_any_good_measurement_gradients_are_kept():
     assert (known.kfac_measurements, known.eigen_refreshes) == (2, 1)
 
 
+@pytest.mark.slow
 def test_no_damping_and_a_singular_block_leaves_directions_out_and_counts():
     one = jax.tree.map(lambda x: x[:1], BATCH)
     grads = jax.grad(loss_fn)(PARAMS, one)
@@ -375,6 +376,7 @@ def test_learning_in_the_step_hands_the_batch_on():
     jax.tree.map(close, optax.tree.get(state, "factors"), FOUND.kronecker)
 
 
+@pytest.mark.slow
 def test_dtypes_and_state_stay():
     dtype = jnp.bfloat16
     params, grads, x = (

@@ -274,6 +274,7 @@ def test_density_moments_match_dense_moments():
         np.testing.assert_allclose(values.var(ddof=1), predicted**2, rtol=scatter)
 
 
+@pytest.mark.slow
 def test_density_of_a_traced_call_and_with_a_basis():
     matvec = hessian_matvec(mlp_loss, PARAMS, BATCH)
     find = lambda m, how: spectral_density(
@@ -374,6 +375,7 @@ def test_bad_input(call, message):
         call()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["LA", "SA", "LM"])
 def test_ritz_pairs_have_the_residuals_they_say(which):
     matrix = with_spectrum(np.linspace(-4, 5, 30))

@@ -98,6 +98,7 @@ def test_on_a_quadratic_it_is_the_damped_absolute_newton_step(start, damping):
     np.testing.assert_allclose(get(state, "ritz_values"), SPECTRUM, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_a_start_at_the_gradient_needs_one_step_per_eigenvalue():
     """Three eigenvalues: the Krylov space of g holds the whole step, m = 3 or P. From
     a random start each counts once, and the rest of the gradient moves at 1/delta."""

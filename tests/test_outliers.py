@@ -130,6 +130,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_few_are_missed_and_few_are_false(setting):
     rng, draws = np.random.default_rng(7), []

@@ -99,6 +99,7 @@ def test_width_scales_channels():
     assert abstract("vgg16", 100, (32, 32, 3), 1e-3).head.out.in_features == 1
 
 
+@pytest.mark.slow
 @networks
 def test_gradient_is_finite_and_evaluation_deterministic(name):
     model, images = small(name)

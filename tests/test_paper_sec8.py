@@ -36,6 +36,7 @@ def quadratic(optimizer, damping, seed=0, size=6):
     return problem, jnp.ones(size), np.asarray(matrix)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "damping", "divided", "factor"),
     [

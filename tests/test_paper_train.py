@@ -71,6 +71,7 @@ def test_each_optimiser_trains(tiny, optimizer, learned):
     assert len(row["epoch"]) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer", ["adam", pytest.param("kfac", marks=pytest.mark.slow)]
 )

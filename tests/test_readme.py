@@ -10,7 +10,11 @@ README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-@pytest.mark.parametrize("index", range(len(BLOCKS)))
+# The first is the one that is copied first; the others among the slow tests.
+SLOW_BLOCKS = [pytest.param(i, marks=pytest.mark.slow) for i in range(1, len(BLOCKS))]
+
+
+@pytest.mark.parametrize("index", [0, *SLOW_BLOCKS])
 def test_block_runs(index, capsys):
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
         exec(compile(BLOCKS[index], f"README block {index}", "exec"), {})

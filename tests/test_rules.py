@@ -347,6 +347,7 @@ def test_parameters_that_the_loss_ignores_change_nothing():
         close(wider[name], leaf, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.slow
 def test_kfac_and_lanczos_take_a_relative_damping():
     params, loss, fn = network()
     grads = jax.grad(loss)(params, DATA)
@@ -491,6 +492,7 @@ def test_the_effective_eigenvalue_is_that_of_the_preconditioned_hessian(chained)
     assert get(state, "power_failures") < 100
 
 
+@pytest.mark.slow
 def test_a_preconditioner_that_sees_the_curvature_needs_less_damping():
     """KFAC with its factors exact on a linear model: nothing is left but delta."""
     params = {"w": jnp.zeros((3, 2), jnp.float32)}

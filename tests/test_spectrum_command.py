@@ -244,6 +244,7 @@ def test_whole_matrices_and_estimates_agree_on_the_outliers():
 SLOW_COUNTS = [pytest.param(n, marks=pytest.mark.slow) for n in (13, 22)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [9, *SLOW_COUNTS])
 def test_whole_matrices_of_a_batch_that_microbatches_do_not_divide(count):
     """9 examples: three times three, and halves of four. 13 and 22: some left over."""

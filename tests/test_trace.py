@@ -77,6 +77,7 @@ SLOW_METHODS = [pytest.param(m, marks=pytest.mark.slow) for m in TRACE[1:]]
 SLOW_RANKS = [pytest.param(n, marks=pytest.mark.slow) for n in (0, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [*SLOW_RANKS, 3])
 @pytest.mark.parametrize(
     ("estimator", "method"), [pair for pair in PAIRS if pair[1] != "hutchinson"]
@@ -183,6 +184,7 @@ def test_xtrace_is_matfree_with_the_same_test_vectors():
     chex.assert_trees_all_close(found.stderr, sem * (8 / 7) ** 0.5, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_xtrace_from_its_definition():
     """Each t_i from a fresh QR without test vector i, dense."""
     matrix, key = np.asarray(decaying(jax.random.key(4), 20)), jax.random.key(5)
@@ -316,6 +318,7 @@ def tree_problem():
     return params, matvec, dense_hessian(mlp_loss, params, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TRACE_SLOW)
 def test_network_eager_traced_and_dense(method):
     params, matvec, hessian = tree_problem()
@@ -342,6 +345,7 @@ def test_network_diagonal_eager_traced_and_dense(method):
     chex.assert_trees_all_close(flat(found.value).sum(), total.value, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 1e-4), (jnp.bfloat16, 0.05)])
 @pytest.mark.parametrize("method", [TRACE[0], *SLOW_METHODS])
 def test_narrow_dtypes(method, dtype, rtol):
