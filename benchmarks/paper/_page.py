@@ -11,8 +11,7 @@ from rmtdamp.demo._report import write
 from ._experiment import HERE, RESULTS
 from .experiments import EXPERIMENTS
 
-README, MAIN = HERE / "README.md", HERE.parents[1] / "README.md"
-BEGIN, END = "<!-- begin of the verdicts -->\n", "<!-- end of the verdicts -->\n"
+README = HERE / "README.md"
 HOLDS = {True: "yes", False: "no", None: "not comparable"}
 SECTION = """\
 ## {experiment}
@@ -65,11 +64,11 @@ def _section(record: Row) -> str:
     return SECTION.format_map(record | parts)
 
 
-def overview(page: str = "") -> str:
+def overview() -> str:
     """A line per experiment: what was claimed, and what came out."""
     names = ("claim", "verdict", "scale", "seeds")
     return markdown(
-        {"experiment": "[{0}]({1}#{0})".format(record["experiment"], page)}
+        {"experiment": "[{0}](#{0})".format(record["experiment"])}
         | {name: record[name] for name in names}
         for record in records()
     )
@@ -81,14 +80,6 @@ def page() -> str:
     return "\n".join([head, overview(), "", *sections])
 
 
-def main_readme(text: str) -> str:
-    """The project's README with the verdicts of today between its two marks."""
-    before, rest = text.split(BEGIN)
-    verdicts = overview(page="benchmarks/paper/README.md")
-    return f"{before}{BEGIN}\n{verdicts}\n\n{END}{rest.split(END)[1]}"
-
-
 def write_page() -> None:
-    """Write the README of this folder, and the verdicts into the project's."""
+    """Write the README of this folder."""
     write(README, page())
-    write(MAIN, main_readme(MAIN.read_text()))
