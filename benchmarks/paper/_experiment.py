@@ -132,7 +132,7 @@ def record_of(experiment: Experiment, rows: list[Row]) -> Row:
         "paper": text.paper,
         "checks": [check._asdict() for check in checks],
         "measured": {"table": experiment.table(rows)},
-        "seeds": len({row["seed"] for row in rows}),
+        "seeds": len({row["seed"] for row in experiment.each(rows)}),
         "scale": text.scale,
         "verdict": verdict_of(checks),
         "remark": text.remark,

@@ -24,9 +24,11 @@ from rmtdamp.damping import (
     MeanFraction,
     StabilityFloor,
     by_layer,
+    identity_target,
     relative_target,
 )
 from rmtdamp.demo._train import RULES
+from rmtdamp.flatness import trace_penalty
 
 SCHEDULES = {
     "linear": rmtdamp.schedules.linear_anneal_schedule,
@@ -47,6 +49,8 @@ class Method(NamedTuple):
     refresh_every: int = 100  # steps between measurements of the damping
     factors_every: int = 10  # steps between those of KFAC's factors
     eigen_every: int = 10  # of these between eigendecompositions
+    factor_decay: float = 0.95  # of KFAC's averages
+    debias: bool = True  # these; otherwise they begin at the identity
     layers: bool = False  # a damping for each layer
     early: bool = False  # measure at steps 1, 2, 4, ... too, as in the library's step
 
@@ -60,6 +64,7 @@ class Numbers(NamedTuple):
     weight_decay: Any = 0.0
     sharp_divisor: Any = 1.0  # Lanczos-Newton's eta
     seed: Any = 0  # of Lanczos-Newton's first vectors
+    trace_penalty: Any = 0.0  # weight of the Hessian's trace, for adam-flat
 
 
 class Network(NamedTuple):
@@ -116,6 +121,25 @@ def _mini(rate, *_):
     return _adam_like(mean, lambda m, v: m / (jnp.sqrt(v) + 1e-8), rate)
 
 
+def _flat(rate, method, numbers, network):
+    """Adam on the loss and a share of its Hessian's trace."""
+
+    def init(params):
+        del params
+        return jnp.zeros((), jnp.int32)
+
+    def update(updates, count, params=None, *, batch, loss_args=(), **extra_args):
+        del extra_args
+        key = jax.random.fold_in(jax.random.key(numbers.seed), count)
+        penalty = functools.partial(trace_penalty, network.loss_fn, loss_args=loss_args)
+        slope = jax.grad(lambda p: penalty(p, batch=batch, key=key))(params)
+        add = lambda g, t: g + numbers.trace_penalty * t
+        return jax.tree.map(add, updates, slope), count + 1
+
+    penalised = optax.GradientTransformationExtraArgs(init, update)
+    return optax.chain(penalised, optax.adam(rate))
+
+
 def _kfac(rate, method, numbers, network, **options):
     factors = factors_of(method, network)
     return rmtdamp.kfac(rate, factors, refresh_every=None, **options)
@@ -147,8 +171,14 @@ OPTIMIZERS = DAMPED | {
     "adam-atan2": _atan2,
     "adam-mini": _mini,
     "adamw": lambda rate, *_: optax.adamw(rate, weight_decay=1e-2),
+    "adam-flat": _flat,
     "muon": lambda rate, *_: optax.contrib.muon(rate),
 }
+
+
+def _at_full_width(known):
+    """Eq. 15 as it would be for VGG-16 at eight times the width: P m stays."""
+    return identity_target(known._replace(variance=known.variance / 64))
 
 
 def rule_of(method: Method):
@@ -166,6 +196,7 @@ def rule_of(method: Method):
         "largest fraction": LargestFraction(0.01),
         "gradient norm": GradientNorm(0.1),
         "Levenberg-Marquardt": LevenbergMarquardt(),
+        "full width": _at_full_width,
     }
     return rules[method.rule]
 
@@ -179,8 +210,9 @@ def learner_of(method: Method, numbers: Numbers, network: Network, **options):
 
 def factors_of(method: Method, network: Network):
     """What measures KFAC's factors."""
-    every = method.eigen_every
-    return rmtdamp.KroneckerMeasurer(network.factors_fn, eigen_every=every)
+    options = {"decay": method.factor_decay, "debias": method.debias}
+    options["eigen_every"] = method.eigen_every
+    return rmtdamp.KroneckerMeasurer(network.factors_fn, **options)
 
 
 def transformation(method: Method, numbers: Numbers, network: Network):

@@ -200,10 +200,12 @@ def fit(
     damping: float, epochs: int, seed: int, batch_size: int = 128,
     weight_decay: float = 0.0, eval_every: int | None = None,
     num_evaluations: int | None = None, by_hand: bool = True, factor: float = 1.0,
+    until: float = -math.inf, trace_penalty: float = 0.0,
 ) -> Trained:  # fmt: skip
     """Train, evaluating every so many epochs and at the end, or so many times.
 
     The latter ends with the last evaluation, each of as many training as test examples.
+    A training loss of at most `until` ends the run.
     """
     with_factors = method.optimizer.startswith("kfac")
     found = prepare(folder, task, seed, with_factors, factor)
@@ -220,6 +222,7 @@ def fit(
     rng = np.random.default_rng(seed)
     order = [rng.permutation(num)[: num_batches * batch_size] for _ in range(epochs)]
     numbers = Numbers(learning_rate, damping, ends[-1] if ends else 0, weight_decay)
+    numbers = numbers._replace(trace_penalty=trace_penalty)
     tx = transformation(method, numbers, network)
     carry = params, loss_args, tx.init(params)
     advance = _by_hand if by_hand else _scanned
@@ -234,7 +237,7 @@ def fit(
         new += [None if method.layers else scalar(carry[2], "measured_variance")]
         for name, value in zip(curves, new, strict=True):
             curves[name].append(value)
-        if by_hand and not math.isfinite(scores[0]):
+        if by_hand and not until < scores[0] < math.inf:
             break
     return Trained(network, *carry, (train, test), curves)
 

@@ -90,7 +90,7 @@ def _methods(optimizer):
         yield base | learned, 0.0
 
 
-def _run(sizes, method, damping, rate, seed):
+def run(sizes, method, damping, rate, seed):
     task, budget = sizes
     config = {"task": task, "method": method, "damping": damping, **budget}
     return Run(train_scanned, config | {"learning_rate": rate, "seed": seed})
@@ -98,14 +98,14 @@ def _run(sizes, method, damping, rate, seed):
 
 def _runs(optimizer):
     axes = TASKS.values(), _methods(optimizer), RATES, SEEDS
-    return [_run(s, *m, r, i) for s, m, r, i in itertools.product(*axes)]
+    return [run(s, *m, r, i) for s, m, r, i in itertools.product(*axes)]
 
 
 def _text_runs():
     """Adam as it comes and under its rule: a run takes a minute."""
     adam, aware = (m for m in _methods("adam") if _name(*m) in (ADAM, "aware floor"))
     axes = TEXT.values(), (adam, aware), RATES, range(2)
-    return [_run(s, *m, r, i) for s, m, r, i in itertools.product(*axes)]
+    return [run(s, *m, r, i) for s, m, r, i in itertools.product(*axes)]
 
 
 def _lanczos_runs():
@@ -116,10 +116,10 @@ def _lanczos_runs():
     methods += [(base | {"learned": True, "rule": k}, v) for k, v in learned.items()]
     tasks = [v for k, v in TASKS.items() if not k.startswith("Fashion")]
     axes = tasks, methods, RATES, range(3)
-    return [_run(s, *m, r, i) for s, m, r, i in itertools.product(*axes)]
+    return [run(s, *m, r, i) for s, m, r, i in itertools.product(*axes)]
 
 
-def _each(rows):
+def with_chosen(rows):
     """With the test loss and error of the epoch that validation chooses."""
     for row in rows:
         curve = [math.inf if x is None or x != x else x for x in row["valid_loss"]]
@@ -284,7 +284,7 @@ def _text_checks(found):
 
 def _panels(rows):
     """A task each: the test loss of a method against the rate, up to twice the best."""
-    found = by(_each(rows), lambda row: tuple(_heads(row).values()))
+    found = by(with_chosen(rows), lambda row: tuple(_heads(row).values()))
     for task in _tasks(found):
         lines = []
         for name, of in ((n, of) for (t, n), of in found.items() if t == task):
@@ -298,7 +298,7 @@ def _panels(rows):
 
 
 EXPERIMENTS = [
-    Experiment(name, runs, _heads, _line, checks, [_panels], _rank, _each)
+    Experiment(name, runs, _heads, _line, checks, [_panels], _rank, with_chosen)
     for name, runs, checks in (
         ("rules_kfac", functools.partial(_runs, "kfac"), _kfac_checks),
         ("rules_adam", functools.partial(_runs, "adam"), _adam_checks),

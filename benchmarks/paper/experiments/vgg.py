@@ -129,7 +129,7 @@ train_loss = curve("train_loss")
 sharpness = curve("spectral_norm")
 
 
-def _sgd(found):
+def of_sgd(found):
     return test_error(found, *next(key for key in found if key[0] == "SGD"))
 
 
@@ -137,13 +137,13 @@ def _fits(found, *key):
     return below("It fits the training set, %", train_error(found, *key), FITTED)
 
 
-def _best(found, of, rate):
+def best_of(found, of, rate):
     """The delta above the smallest that is best at a rate."""
     keys = [("Adam", rate, d) for d in ALONG[rate][1:]]
     return min(keys, key=lambda key: mean(of(found, *key)))
 
 
-def _table1_adam(found):
+def table1_adam(found):
     """More damping, a smaller norm, and for a while better test errors."""
     checks = []
     for rate, dampings in ALONG.items():
@@ -151,7 +151,7 @@ def _table1_adam(found):
         text = f"At alpha {rate:g} and equal training loss lambda_1 falls with delta"
         check = trend(text, [sharpness(found, *key) for key in along], -1)
         losses = [train_loss(found, *key) for key in along]
-        best, plain = _best(found, test_error, rate), test_error(found, *along[0])
+        best, plain = best_of(found, test_error, rate), test_error(found, *along[0])
         text = f"At alpha {rate:g} the best larger delta lowers the test error, points"
         checks.append(claims.at_equal_loss(check, losses))
         checks.append(less(text, test_error(found, *best), plain))
@@ -160,20 +160,20 @@ def _table1_adam(found):
 
 def _fig8(found):
     """Larger deltas at the larger rate."""
-    trained, best = (_best(found, of, 1e-3) for of in (train_loss, test_error))
+    trained, best = (best_of(found, of, 1e-3) for of in (train_loss, test_error))
     plain = train_loss(found, "Adam", 1e-3, DEFAULT)
     return [
         less("At rate 1e-3 a larger delta trains to a lower loss than 1e-8",
              train_loss(found, *trained), plain),
         claims.not_more("The best delta there matches or beats SGD, points",
-                        test_error(found, *best), _sgd(found)),
+                        test_error(found, *best), of_sgd(found)),
         _fits(found, *best),
     ]  # fmt: skip
 
 
 def _table2(found):
     """SGD, Adam, Adam-D."""
-    sgd, of = _sgd(found), functools.partial(test_error, found, "Adam")
+    sgd, of = of_sgd(found), functools.partial(test_error, found, "Adam")
     plain, same, damped = (of(*pair) for pair in TABLE_2)
     return [
         more("Adam (4e-4, 1e-8) has a larger test error than SGD, points", plain, sgd),
@@ -184,9 +184,9 @@ def _table2(found):
     ]
 
 
-def _fig9(found):
+def _fig9(found, decays):
     checks = []
-    for decay in DECAYS:
+    for decay in decays:
         low, high = (("Adam", 1e-3, d, decay) for d in (DEFAULT, 1e-3))
         text = f"With weight decay {decay:g} a delta of 1e-3 lowers the"
         for name, of in {
@@ -197,24 +197,32 @@ def _fig9(found):
     return checks
 
 
-def _along(found, of):
+decayed = lambda decays: functools.partial(_fig9, decays=decays)
+
+
+def along(found, of):
     """KFAC's table: the damping falls."""
     return [of(found, "KFAC", *pair) for pair in TABLE]
 
 
 def _suffers(found):
     text = "The test error rises as delta falls, points"
-    return trend(text, _along(found, test_error))
+    return trend(text, along(found, test_error))
+
+
+def sharper(found):
+    """Part of KFAC's half of Table 1."""
+    text = "At equal training loss lambda_1 rises as delta falls"
+    check = trend(text, along(found, sharpness))
+    return claims.at_equal_loss(check, along(found, train_loss))
 
 
 def _table1_kfac(found):
-    text = "At equal training loss lambda_1 rises as delta falls"
-    check = trend(text, _along(found, sharpness))
-    return [claims.at_equal_loss(check, _along(found, train_loss)), _suffers(found)]
+    return [sharper(found), _suffers(found)]
 
 
-def _fig7(found):
-    span = np.ptp(_along(found, train_error), axis=0).tolist()
+def fig7(found):
+    span = np.ptp(along(found, train_error), axis=0).tolist()
     text = "The training error hardly changes: points that it spans, below 5"
     return [below(text, span, SAME), _suffers(found)]
 
@@ -248,7 +256,7 @@ def _fig14(found):
         less("Learned beats Adam's default (4e-4, 1e-8), points", learned,
              of("Adam", LOW, DEFAULT)),
         less(text, of("Adam"), learned),
-        less("Learned with the ramp beats SGD, points", ramped, _sgd(found)),
+        less("Learned with the ramp beats SGD, points", ramped, of_sgd(found)),
     ]  # fmt: skip
 
 
@@ -276,22 +284,24 @@ CURVES = ("train_error", "test_error")
 DAMPING = (*CURVES, "damping_curve")
 TABLE_2 = [(4e-4, DEFAULT), (1e-3, DEFAULT), DAMPED]
 KFAC_TABLE = _kfac_runs([(KFAC, *pair) for pair in TABLE])
-_of = lambda name, runs, checks, pictures, heads=heads: Experiment(
+experiment = lambda name, runs, checks, pictures, heads=heads: Experiment(
     name, runs, heads, line, checks, pictures
 )
-_decayed = lambda row: heads(row) | {"weight decay": row["weight_decay"]}
+with_decay = lambda row: heads(row) | {"weight decay": row["weight_decay"]}
 NORMS = [("log", "lambda_1"), ("linear", "test error, %")]
 EXPERIMENTS = [
-    _of("table1_adam", _adam_runs(PAIRS), _table1_adam, NORMS),
-    _of("fig8_adam", _adam_runs(PAIRS), _fig8, CURVES),
-    _of("table2_adam_d", _adam_runs(TABLE_2), _table2, CURVES),
-    _of("fig9_adamw_bn", _bn_runs, _fig9, CURVES, _decayed),
-    _of("table1_kfac", KFAC_TABLE, _table1_kfac, CURVES),
-    _of("fig7_kfac", KFAC_TABLE, _fig7, CURVES),
+    experiment("table1_adam", _adam_runs(PAIRS), table1_adam, NORMS),
+    experiment("fig8_adam", _adam_runs(PAIRS), _fig8, CURVES),
+    experiment("table2_adam_d", _adam_runs(TABLE_2), _table2, CURVES),
+    experiment("fig9_adamw_bn", _bn_runs, decayed(DECAYS), CURVES, with_decay),
+    experiment("table1_kfac", KFAC_TABLE, _table1_kfac, CURVES),
+    experiment("fig7_kfac", KFAC_TABLE, fig7, CURVES),
     *(
-        _of(f"{n}_kfac_auto", _auto_runs(*of), _auto, DAMPING)
+        experiment(f"{n}_kfac_auto", _auto_runs(*of), _auto, DAMPING)
         for n, of in FIGURES.items()
     ),
-    _of("fig14_adam_auto", functools.partial(_runs, FIG14), _fig14, DAMPING),
-    _of("fig15_adam_auto", functools.partial(_runs, FIG15, sgd=False), _fig15, DAMPING),
+    experiment("fig14_adam_auto", functools.partial(_runs, FIG14), _fig14, DAMPING),
+    experiment(
+        "fig15_adam_auto", functools.partial(_runs, FIG15, sgd=False), _fig15, DAMPING
+    ),
 ]
