@@ -13,6 +13,7 @@ from benchmarks.shared.data import (
     Dataset,
     load,
     load_text,
+    long_tail,
     standardise,
     take,
 )
@@ -236,6 +237,24 @@ def test_take_refuses_what_is_not_there():
     for number in (0, 9):
         with pytest.raises(ValueError, match=rf"num_test is {number}, expected 1 to 8"):
             take(full, num_test=number)
+
+
+def test_a_long_tail_falls_exponentially_from_any_class():
+    labels = np.tile(np.arange(3), 100)  # 100, 10 and 1 of each at a ratio of 100
+    rows = long_tail(labels, 100.0)
+    same(np.bincount(labels[rows]), [100, 10, 1])
+    same(rows[labels[rows] == 1], np.arange(1, 30, 3))  # the first, in their order
+    assert (np.diff(rows) > 0).all()
+    same(np.bincount(labels[long_tail(labels, 100.0, first=2)]), [10, 1, 100])
+    same(np.bincount(labels[long_tail(labels[:-1], 1.0)]), [99, 99, 99])
+
+
+@pytest.mark.parametrize(("ratio", "first"), [(0.5, 0), (2.0, 3)])
+def test_a_long_tail_refuses_what_is_none(ratio, first):
+    with pytest.raises(
+        ValueError, match=rf"ratio is {ratio} and first {first} of 3 cl"
+    ):
+        long_tail(np.arange(3), ratio, first)
 
 
 @pytest.mark.parametrize("pool", [1, 2])

@@ -122,6 +122,25 @@ def test_a_damping_for_each_layer_is_kept_by_name(tiny):
     assert len({curve[0] for curve in layers.values()}) == len(layers)
 
 
+LONG_TAIL = training.Task(**TASK, num_valid=16, imbalance=4.0, first_class=1)
+
+
+def test_a_long_tail_is_of_training_examples_alone(tiny):
+    parts = training.data_of(tiny, LONG_TAIL)[0]
+    counts = [np.bincount(part[1]).tolist() for part in parts]
+    assert counts == [[6, 24], [32, 32], [8, 8]]
+
+
+@pytest.mark.slow
+def test_the_errors_of_classes_are_kept(tiny):
+    """On a balanced test set their mean is the error."""
+    numbers = {"learning_rate": 0.1, "damping": 0.0, "epochs": 2, "seed": 0}
+    numbers |= {"batch_size": 10, "eval_every": 1, "by_hand": False}
+    seen = training.fit(tiny, LONG_TAIL, Method("sgd"), **numbers).curves
+    assert np.shape(seen["class_errors"]) == (2, 2)
+    np.testing.assert_allclose(np.mean(seen["class_errors"], 1), seen["test_error"])
+
+
 def test_a_diverged_run_ends_early(tiny):
     row = run(tiny, {"optimizer": "sgd"}, learning_rate=1e38, epochs=20)
     assert len(row["epoch"]) < 20

@@ -88,6 +88,33 @@ def test_methods_agree_in_float32():
     np.testing.assert_allclose(one, polar(g, 0.1), atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_gradients_scale_does_not_matter(method, dtype):
+    """G and delta times 1e-20 or 1e20, whose squares float32 cannot hold, give the same
+    step: of full rank, of rank one, and zero. With delta far above G, delta u is G."""
+    update = jax.jit(scale_by_spectral(method=method).update)
+    state = scale_by_spectral().init(None)
+    full = normal(0, 7, 4, dtype=dtype)
+    one = jnp.outer(jnp.arange(5.0), jnp.array([1.0, -2.0, 4.0])).astype(dtype)
+    rounding = 2e-6 if dtype == jnp.float32 else 4e-3
+    for scale in (2.0**-120, 2.0**-66, 1.0, 2.0**66, 2.0**120):  # exact: no rounding
+        grads = {"full": scale * full, "one": scale * one, "zero": 0 * full}
+        for damping in (0.0, 0.3):
+            updates, _ = update(grads, state, damping=scale * damping)
+            updates = jax.tree.map(lambda u: u.astype(jnp.float64), updates)
+            expected = polar(full, damping)
+            np.testing.assert_allclose(updates["full"], expected, atol=rounding)
+            # Undamped, a singular value of 0 that rounds to some eps ||G|| is divided
+            # by max(rows, columns) eps ||G||.
+            expected = one.astype(jnp.float64) / (jnp.linalg.norm(one) + damping)
+            atol = rounding if damping else 0.05
+            np.testing.assert_allclose(updates["one"], expected, atol=atol)
+            np.testing.assert_array_equal(updates["zero"], 0)
+    updates, _ = update(2.0**-66 * full, state, damping=2.0**50)
+    np.testing.assert_allclose(2.0**116 * updates, full, atol=rounding)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_singular_and_zero_gradients_without_damping(method):
     """The step lives on the gradient's range, and is zero for a zero gradient."""

@@ -293,6 +293,24 @@ def take(
     return dataset._replace(train=(images, labels), test=test)
 
 
+def long_tail(labels: np.ndarray, ratio: float, first: int = 0) -> np.ndarray:
+    """Rows of a long-tailed part: class sizes that fall exponentially, by `ratio`.
+
+    Of K classes, in turn from class `first` on, the k-th from 0 keeps its first
+    n ratio^(-k / (K - 1)), n the size of the smallest class. The order is as it was.
+    """
+    counts = np.bincount(labels)
+    if not (ratio >= 1 and len(counts) > 1 and 0 <= first < len(counts)):
+        raise ValueError(
+            f"ratio is {ratio} and first {first} of {len(counts)} classes, expected a "
+            "ratio of at least 1, and one of two classes or more"
+        )
+    shares = ratio ** (-np.arange(len(counts)) / (len(counts) - 1))
+    wanted = np.roll(np.rint(counts.min() * shares).astype(int), first)
+    rows = [np.flatnonzero(labels == k)[:n] for k, n in enumerate(wanted)]
+    return np.sort(np.concatenate(rows))
+
+
 def _pool(images: np.ndarray, pool: int) -> np.ndarray:
     n, h, w, c = images.shape
     if pool == 1:

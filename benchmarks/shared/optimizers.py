@@ -173,6 +173,13 @@ OPTIMIZERS = DAMPED | {
     "adamw": lambda rate, *_: optax.adamw(rate, weight_decay=1e-2),
     "adam-flat": _flat,
     "muon": lambda rate, *_: optax.contrib.muon(rate),
+    "shampoo": lambda rate, *_: rmtdamp.shampoo(rate),
+    "spectral": lambda rate, *_: rmtdamp.spectral_descent(
+        rate, damping=0.0, method="svd", momentum=None
+    ),
+    "normalised": lambda rate, *_: optax.chain(
+        optax.normalize_by_update_norm(), optax.scale_by_learning_rate(rate)
+    ),
 }
 
 

@@ -46,6 +46,8 @@ class Task(NamedTuple):
     num_test: int | None = None
     pool: int = 1  # pixels are averaged pool x pool
     num_valid: int = 0  # the last of the training examples, for choices
+    imbalance: float = 1.0  # of the rest, the first class's size over the last's
+    first_class: int = 0  # the largest; the others in turn
 
 
 @functools.cache
@@ -54,6 +56,11 @@ def data_of(folder: pathlib.Path, task: Task) -> Any:
 
     A third part, if the task asks for it, is the training examples for choices.
     """
+    if task.imbalance != 1:
+        balanced = task._replace(imbalance=1.0, first_class=0)
+        (train, *rest), num_classes = data_of(folder, balanced)
+        rows = data.long_tail(np.asarray(train[1]), task.imbalance, task.first_class)
+        return (tuple(x[rows] for x in train), *rest), num_classes
     if task.num_valid:
         (train, test), num_classes = data_of(folder, task._replace(num_valid=0))
         kept, valid = slice(-task.num_valid), slice(-task.num_valid, None)
@@ -105,7 +112,9 @@ def prepare(folder, task: Task, seed: int, with_factors=False, factor=1.0):
     """((train, test), network, params, loss_args, number of classes)."""
     parts, num_classes = data_of(folder, task)
     shape = parts[0][0].shape[1:]
-    network = network_of(task, num_classes, shape, with_factors, factor)
+    # Whoever shares the model shares what is compiled.
+    model = Task("any", task.model, task.width)
+    network = network_of(model, num_classes, shape, with_factors, factor)
     return parts, network, *initial(task, num_classes, shape, seed), num_classes
 
 
@@ -164,16 +173,21 @@ def _by_hand(method, network, numbers, carry, parts, rows, first):
     return carry
 
 
-def judge(network, params, loss_args, batch):
-    """Sums over a batch, in evaluation mode: the loss and the errors."""
+def outcomes(network, params, loss_args, batch):
+    """For each example of a batch, in evaluation mode: the loss, and is it wrong?"""
     model = nnx.merge(network.start, params, *loss_args, copy=True)
     model.eval()
     logits = model(batch[0])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
-    return jnp.stack([losses.sum(), (logits.argmax(-1) != batch[1]).sum()])
+    return losses, logits.argmax(-1) != batch[1]
 
 
-_judge = jax.jit(judge, static_argnames="network")
+def judge(network, params, loss_args, batch):
+    """Sums over a batch: the loss and the errors."""
+    return jnp.stack([x.sum() for x in outcomes(network, params, loss_args, batch)])
+
+
+_outcomes, _judge = (jax.jit(x, static_argnames="network") for x in (outcomes, judge))
 
 
 def evaluate(network, params, loss_args, data_, size=1000):
@@ -182,6 +196,12 @@ def evaluate(network, params, loss_args, data_, size=1000):
     parts = [tuple(x[i : i + size] for x in data_) for i in starts]
     sums = [_judge(network, params, loss_args, part) for part in parts]
     return np.sum(sums, axis=0, dtype=float) / data_[1].size
+
+
+def class_errors(network, params, loss_args, data_):
+    """The error of each class, by label."""
+    wrong, labels = _outcomes(network, params, loss_args, data_)[1], data_[1]
+    return np.bincount(labels, wrong) / np.bincount(labels)
 
 
 class Trained(NamedTuple):
@@ -228,6 +248,8 @@ def fit(
     advance = _by_hand if by_hand else _scanned
     names = (*CURVES, *(VALID if valid else ()))
     curves: Row = {name: [] for name in ("step", *names, "damping", "variance")}
+    if task.imbalance != 1:
+        curves["class_errors"] = []
     for start, end in itertools.pairwise([0, *ends]):
         rows = np.concatenate(order).reshape(-1, batch_size)[start:end].astype(np.int32)
         carry = advance(method, network, numbers, carry, train, rows, start)
@@ -235,6 +257,8 @@ def fit(
         scores = np.ravel([evaluate(network, *carry[:2], x) for x in parts])
         new = [end, *rounded(scores), rounded(dampings(carry[2]))]
         new += [None if method.layers else scalar(carry[2], "measured_variance")]
+        if task.imbalance != 1:
+            new.append(rounded(class_errors(network, *carry[:2], test)))
         for name, value in zip(curves, new, strict=True):
             curves[name].append(value)
         if by_hand and not until < scores[0] < math.inf:

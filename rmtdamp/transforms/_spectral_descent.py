@@ -98,10 +98,15 @@ def _by_svd(g, damping):
 def _by_newton_schulz(g, damping, steps):
     if g.shape[0] < g.shape[1]:
         return _by_newton_schulz(g.T, damping, steps).T
-    length = jnp.linalg.norm(g)
+    # In units in which neither squares nor the damping over- or underflow.
+    largest = jnp.max(jnp.abs(g))
+    unit = jnp.maximum(largest, damping)
+    start, g, damping = ratio(g, largest), ratio(g, unit), ratio(damping, unit)
+    length = jnp.linalg.norm(start)
     polar = jax.lax.fori_loop(
-        0, steps, lambda _, x: 1.5 * x - 0.5 * x @ (x.T @ x), ratio(g, length)
+        0, steps, lambda _, x: 1.5 * x - 0.5 * x @ (x.T @ x), ratio(start, length)
     )
+    length *= ratio(largest, unit)  # now of G
     root = polar.T @ g  # (G^T G)^1/2
     root = (root + root.T) / 2
     # A singular value grows by 3/2 a step until it is near 1: below this share of the

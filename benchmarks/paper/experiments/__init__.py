@@ -5,6 +5,8 @@ from . import (
     cost,
     fair,
     flatness,
+    imbalanced_data,
+    imbalanced_theory,
     lanczos_opt,
     rules,
     spectra,
@@ -15,6 +17,6 @@ from . import (
 
 MODULES = (
     *(lanczos_opt, spectra, vgg, fair, stable_rate, threshold, cost),
-    *(beyond, rules, flatness),
+    *(beyond, rules, flatness, imbalanced_theory, imbalanced_data),
 )
 EXPERIMENTS = {x.name: x for module in MODULES for x in module.EXPERIMENTS}
