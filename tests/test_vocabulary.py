@@ -15,7 +15,8 @@ ROOMS = (rmtdamp, hessian, kronecker, outliers, plot, schedules, spectrum, trans
 def public() -> dict:
     """Every public function and dataclass of the package, by name."""
     found = {}
-    for room in (*ROOMS, rmtdamp.damping, rmtdamp.rmt, rmtdamp.stability):
+    more = (rmtdamp.damping, rmtdamp.pac_bayes, rmtdamp.rmt, rmtdamp.stability)
+    for room in (*ROOMS, *more):
         for name, value in vars(room).items():
             ours = getattr(value, "__module__", "").startswith("rmtdamp")
             record = isinstance(value, type) and hasattr(value, "_fields")
