@@ -360,7 +360,7 @@ def test_the_example_of_the_command_is_not_contradicted_by_its_data_set():
     from rmtdamp.demo.spectrum_example import digits
 
     with jax.numpy_rank_promotion("allow"):
-        loss_fn, params, batches = digits()
+        loss_fn, params, batches, _ = digits()
         draws = judged(loss_fn, params, batches, batches, jax.random.key(0))
     for found, overlap in draws:
         assert np.asarray(found.is_outlier)[overlap >= 0.95].all()

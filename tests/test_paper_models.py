@@ -22,6 +22,7 @@ SMALL = {
     "vgg16": ((16, 16, 3), 0.02),
     "vgg16-bn": ((16, 16, 3), 0.02),
     "cnn": ((4, 4, 3), 1.0),
+    "lenet": ((4, 4, 1), 1.0),
 }
 networks = pytest.mark.parametrize(
     "name",
@@ -75,6 +76,7 @@ def multiplications(jaxpr):
         ("vgg16-bn", 100, (32, 32, 3), 14_723_136 + 2 * 513 * 512 + 513 * 100),
         ("vgg16", 100, (64, 64, 3), 14_714_688 + (2049 + 513) * 512 + 513 * 100),
         ("cnn", 10, (32, 32, 3), 28 * 32 + 2 * 289 * 32 + 33 * 10),
+        ("lenet", 10, (28, 28, 1), 26 * 6 + 151 * 16 + 785 * 120 + 121 * 84 + 85 * 10),
     ],
 )
 def test_number_of_parameters(name, num_classes, shape, expected):

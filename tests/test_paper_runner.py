@@ -202,6 +202,8 @@ def test_near_means_below_a_multiple_by_the_rule():
     assert not claims.within("", 0.25, HIGH, LOW).holds  # 25 % of 2 is the mean
     assert claims.below("", LOW, 5.0).holds
     assert not claims.below("", LOW, 2.5).holds
+    assert claims.above("", HIGH, 0.5).holds
+    assert not claims.above("", HIGH, 2.0).holds
 
 
 def test_a_trend_counts_as_a_whole_and_nowhere_the_other_way():

@@ -17,9 +17,15 @@ import rich.progress
 from problems import dense_hessian
 
 from rmtdamp.__main__ import main
+from rmtdamp.hessian import dense_matvec
 from rmtdamp.spectrum import layer_spectra, measure
-from rmtdamp.spectrum._check import look
-from rmtdamp.spectrum._measure import _num_microbatches
+from rmtdamp.spectrum._check import check_factors, look
+from rmtdamp.spectrum._measure import (
+    LayerOverlap,
+    _blocks,
+    _kronecker_overlaps,
+    _num_microbatches,
+)
 from rmtdamp.spectrum._page import as_json, check_finite, page, picture
 from rmtdamp.spectrum._watch import Bars, Lines, Watch
 
@@ -301,6 +307,103 @@ def test_layers_by_expression_and_by_parent():
         spectra(last, select=["z"])
 
 
+FACTORS = """
+from rmtdamp.kronecker import ModelFactors, make_blocks
+
+def model_fn(params, x, tape):
+    hidden = jnp.tanh(tape.linear("first", x, x @ params["a"]))
+    return tape.linear("second", hidden, hidden @ params["b"])
+
+def criterion(outputs, y):
+    return jnp.mean(jnp.sum((outputs - y) ** 2, axis=1))
+
+def problem():
+    params, batches = parts()
+    layers = {"first": {"kernel": "a"}, "second": {"kernel": "b"}}
+    blocks = make_blocks(params, layers)
+    factors_fn = ModelFactors(
+        model_fn=model_fn, criterion=criterion, blocks=blocks, fisher="ggn"
+    )
+    return loss_fn, params, batches, factors_fn
+"""
+
+
+@functools.cache
+def with_factors():
+    space = {}
+    exec(SOURCE + FACTORS, space)
+    return space["problem"]()
+
+
+def check_overlaps(found):
+    """The last layer's Hessian is its factors' product; the first's is dense here."""
+    _, params, _, (x, _) = problem()
+    assert list(found) == ["['a']", "['b']"]
+    assert found["['b']"] == LayerOverlap(4, pytest.approx(1, abs=1e-4), 4 / 8)
+    hidden = np.tanh(x @ params["a"])
+    slopes = (1 - hidden**2)[:, :, None] * np.asarray(params["b"])[None]
+    outputs = 2 * np.einsum("nao,nbo->ab", slopes, slopes) / len(x)
+    factors = np.kron(x.T @ x / len(x), outputs)
+    top = lambda matrix: np.linalg.eigh(matrix)[1][:, -4:]
+    expected = np.sum((top(dense()[0][:12, :12]).T @ top(factors)) ** 2) / 4
+    assert found["['a']"] == LayerOverlap(4, pytest.approx(expected, abs=1e-3), 4 / 12)
+    assert expected < 0.9
+
+
+def test_share_of_a_layers_sharp_space_that_its_factors_show(capsys):
+    import rich
+
+    _, params, batches, factors_fn = with_factors()
+    matvec, blocks = dense_matvec(dense()[0], params), _blocks(params, None)
+    at = matvec, params, batches, jax.random.key(0), blocks | {"all": "a|b"}
+    seen = _kronecker_overlaps(factors_fn, *at, 4)
+    check_overlaps(seen)  # and "all" is no layer
+    found = report()._replace(kronecker=seen)
+    second = as_json(found)["kronecker"]["['b']"]
+    assert second == {"k": 4, "overlap": pytest.approx(1, abs=1e-4), "random": 0.5}
+    first = seen["['a']"].overlap
+    rich.print(page(found, "x"))
+    printed = capsys.readouterr().out
+    assert "KFAC: share of the 4 sharpest directions" in printed
+    rows = {x.split()[0]: x.split()[1:] for x in printed.splitlines() if x.split()}
+    assert rows["['a']"][0] == "12"
+    assert rows["['a']"][3:] == [f"{first:.3f}", "0.33"]
+    rich.print(page(report(), "x"))
+    assert "KFAC" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dense", [False, True])
+def test_measure_compares_layers_and_factors(dense):
+    loss_fn, params, batches, factors_fn = with_factors()
+    options = {"k": 4, "num_steps": 5, "num_probes": 1, "dense": dense}
+    of = functools.partial(measure, loss_fn, params, batches, **options)
+    found = of(jax.random.key(0), layers=None, factors_fn=factors_fn)
+    check_overlaps(found.kronecker)
+
+
+def test_a_box_around_a_leaf_is_no_layer():
+    from flax import nnx
+
+    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
+    for params in ({"x": state}, {"x": nnx.as_pure(state)}):
+        assert list(_blocks(params, None)) == ["['x']"]
+    assert list(_blocks(jnp.ones(3), None)) == [""]
+
+
+def test_factors_of_another_model_are_refused():
+    _, params, batches, factors_fn = with_factors()
+    other = params | {"a": jnp.ones((3, 5))}
+    with pytest.raises(
+        ValueError, match=r"a block 'first' of shapes \(\(3, 4\),\), and"
+    ):
+        check_factors(factors_fn, other, batches[0])
+    with pytest.raises(
+        ValueError, match=r"fails on batch 0: ValueError: batch is a .* must be a pair"
+    ):
+        check_factors(factors_fn, params, batches[0][0])
+
+
 @pytest.mark.parametrize("count", [4, 5, 16, 31, 62, 127, 128])
 def test_microbatches_leave_out_as_little_as_can_be(count):
     n = _num_microbatches(count)
@@ -450,6 +553,10 @@ RETURN = "def problem():\n    params, batches = parts()\n    return "
         (
             RETURN + "loss_fn, {'a': jnp.arange(3)}, batches",
             "params['a'] is int64, and curvature needs arrays of a real floating dtype",
+        ),
+        (
+            RETURN + "loss_fn, params, batches, 3",
+            "factors_fn is of type int, and must measure Kronecker factors: take",
         ),
         (RETURN + "loss_fn, params, []", "batches is empty, and at least one batch is"),
         (
@@ -660,7 +767,8 @@ def test_the_example_is_a_problem():
         check_example(*digits())
 
 
-def check_example(loss_fn, params, batches):
+def check_example(loss_fn, params, batches, factors_fn):
+    check_factors(factors_fn, params, batches[0])
     assert [len(labels) for _, labels in batches] == [256] * 5
     loss = float(loss_fn(params, batches[0]))
     assert 0.05 < loss < 0.5  # trained, and not to the end

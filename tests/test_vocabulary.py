@@ -15,13 +15,8 @@ ROOMS = (rmtdamp, hessian, kronecker, outliers, plot, schedules, spectrum, trans
 def public() -> dict:
     """Every public function and dataclass of the package, by name."""
     found = {}
-    for room in (
-        *ROOMS,
-        rmtdamp.damping,
-        rmtdamp.flatness,
-        rmtdamp.rmt,
-        rmtdamp.stability,
-    ):
+    more = (rmtdamp.damping, rmtdamp.flatness, rmtdamp.pac_bayes, rmtdamp.rmt)
+    for room in (*ROOMS, *more, rmtdamp.stability):
         for name, value in vars(room).items():
             ours = getattr(value, "__module__", "").startswith("rmtdamp")
             record = isinstance(value, type) and hasattr(value, "_fields")

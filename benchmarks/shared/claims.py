@@ -89,6 +89,12 @@ def below(statement: str, values: Values, bound: float) -> Check:
     return Check(statement, mean(values), error(values), holds)
 
 
+def above(statement: str, values: Values, bound: float) -> Check:
+    """A number is above a bound."""
+    holds = sign(values, [bound] * len(values)) > 0
+    return Check(statement, mean(values), error(values), holds)
+
+
 def within(statement: str, share: float, ours: Values, theirs: Values) -> Check:
     """Ours is at most so much above theirs, as a share of its mean."""
     holds = sign(ours, [(1 + share) * x for x in theirs]) < 0

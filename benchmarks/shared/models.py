@@ -1,7 +1,8 @@
 """The networks of all benchmarks in Flax nnx: images (n, h, w, c) -> logits, float32.
 
 Parameters at width 1: `logistic` 7,850 and `mlp` 269,322 on MNIST, `vgg16` 15,291,300
-and `vgg16-bn` 15,299,748 on CIFAR-100 (the usual VGG for CIFAR without its dropout).
+and `vgg16-bn` 15,299,748 on CIFAR-100 (the usual VGG for CIFAR without its dropout),
+`lenet` 107,786 on MNIST (LeCun's with ReLU, maximum pooling and padding throughout).
 Kernels before a ReLU are drawn by He's rule with fan-in in `mlp` and VGG, so that 16
 layers train without BatchNorm.
 """
@@ -109,6 +110,22 @@ class ConvNet(nnx.Module):
         return self.out(x.mean((1, 2)))
 
 
+class LeNet(nnx.Module):
+    """Two 5 x 5 convolutions with max pooling after each, then three linear layers."""
+
+    def __init__(self, num_classes, image_shape, *, rngs: nnx.Rngs):
+        h, w, channels = image_shape
+        sizes = itertools.pairwise((channels, 6, 16))
+        options = {"kernel_init": he_normal, "rngs": rngs}
+        self.hidden = nnx.List(nnx.Conv(*pair, (5, 5), **options) for pair in sizes)
+        self.head = Dense((h // 4 * (w // 4) * 16, 120, 84, num_classes), rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.hidden:
+            x = max_pool(nnx.relu(layer(x)))
+        return self.head(x)
+
+
 class Transformer(nnx.Module):
     """Pre-norm blocks, causal: tokens (n, length) -> logits (n, length, tokens)."""
 
@@ -148,6 +165,7 @@ def build(name, num_classes, shape, width=1.0, seed=0) -> nnx.Module:
         "mlp": lambda: Dense((inputs, *hidden, num_classes), rngs=rngs),
         "vgg16": lambda: VGG16(num_classes, shape, width, False, rngs=rngs),
         "vgg16-bn": lambda: VGG16(num_classes, shape, width, True, rngs=rngs),
+        "lenet": lambda: LeNet(num_classes, shape, rngs=rngs),
         "cnn": lambda: ConvNet(num_classes, shape[-1], rngs=rngs),
         "transformer": lambda: Transformer(
             num_classes, inputs, round(64 * width), rngs=rngs

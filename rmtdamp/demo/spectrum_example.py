@@ -4,7 +4,9 @@
 
 The command wants a function without arguments that returns `(loss_fn, params,
 batches)`: the mean loss over a batch, the trained parameters, and batches that can be
-read again and again. Needs the extra `rmtdamp[demo]`.
+read again and again. A fourth item, if there is one, measures Kronecker factors: with
+`--layers` it tells which share of a layer's sharp directions KFAC sees. Needs the extra
+`rmtdamp[demo]`.
 """
 
 import itertools
@@ -13,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rmtdamp.kronecker import ModelFactors, Tape, make_blocks
+
 from ._data import load_digits
 
 SIZES = (64, 64, 10)
@@ -20,14 +24,22 @@ BATCH_SIZE = 256
 NUM_STEPS = 150
 
 
-def loss_fn(params, batch):
-    """Mean cross-entropy of a tanh network on flat images and their labels."""
-    x, labels = batch
-    *hidden, last = params.values()
-    for layer in hidden:
-        x = jnp.tanh(x @ layer["kernel"] + layer["bias"])
-    logits = x @ last["kernel"] + last["bias"]
+def model_fn(params, x, tape):
+    """Logits of a tanh network on flat images; shows its layers to the tape."""
+    for i, (name, layer) in enumerate(params.items()):
+        x = jnp.tanh(x) if i else x
+        x = tape.linear(name, x, x @ layer["kernel"] + layer["bias"])
+    return x
+
+
+def criterion(logits, labels):
+    """Mean cross-entropy."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def loss_fn(params, batch):
+    """Mean cross-entropy of the network on a batch of images and labels."""
+    return criterion(model_fn(params, batch[0], Tape(keep=False)), batch[1])
 
 
 def _initial(key):
@@ -60,7 +72,7 @@ def digits():
     """A small network after 150 steps of Adam on digits, with its data in five batches.
 
     Returns:
-        `(loss_fn, params, batches)`.
+        `(loss_fn, params, batches, factors_fn)`.
     """
     images, labels = data = jax.device_put(load_digits().train)
     start, shuffle = jax.random.split(jax.random.key(0))
@@ -70,4 +82,11 @@ def digits():
         (images[i : i + BATCH_SIZE], labels[i : i + BATCH_SIZE])
         for i in range(0, len(labels), BATCH_SIZE)
     ]
-    return loss_fn, params, batches
+    layers = {n: {"kernel": f"{n}/kernel", "bias": f"{n}/bias"} for n in params}
+    factors_fn = ModelFactors(
+        model_fn=model_fn,
+        criterion=criterion,
+        blocks=make_blocks(params, layers),
+        fisher="ggn",
+    )
+    return loss_fn, params, batches, factors_fn

@@ -13,6 +13,7 @@
 | `frobenius_norm` | (Tr H^2)^1/2, with its standard error |
 | `lanczos`, `eigsh`, `largest_eigenvalue` | Krylov basis, extreme eigenpairs |
 | `halves`, `split_half_eigsh`, `compare_halves` | do two halves agree on a pair? |
+| `squared_overlaps`, `subspace_overlap` | of eigenvectors, of the spaces they span |
 | `spectral_density` | the whole spectrum as weighted points |
 | `to_dense`, `eigh`, `dense_moments`, `dense_matvec` | exact, where P is small |
 | `check_loss` | is the loss a mean over independent examples, as `moments` needs? |
@@ -43,6 +44,10 @@ from ._lanczos import (
     lanczos as lanczos,
 )
 from ._moments import HessianMoments as HessianMoments, moments as moments
+from ._overlap import (
+    squared_overlaps as squared_overlaps,
+    subspace_overlap as subspace_overlap,
+)
 from ._power import Eigenvalue as Eigenvalue, largest_eigenvalue as largest_eigenvalue
 from ._products import hessian_matvec as hessian_matvec, hvp as hvp
 from ._spectrum import (

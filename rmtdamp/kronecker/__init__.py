@@ -9,6 +9,8 @@
 | `ModelFactors` | measures the factors of a model; `FactorsFn` is what KFAC asks for |
 | `Factors`, `KroneckerFactors`, `LayerRecord` | what is measured |
 | `eigenbasis`, `second_moments` | where the curvature is diagonal; EKFAC's diagonal |
+| `dataset_factors` | the factors over a data set |
+| `restrict_to_block`, `top_eigenpairs` | a layer's Hessian, the top of its estimate |
 
 Needs JAX only; `rmtdamp.flax` tapes Flax models as they are.
 """
@@ -21,6 +23,11 @@ from ._blocks import (
     from_matrix as from_matrix,
     make_blocks as make_blocks,
     to_matrix as to_matrix,
+)
+from ._decoupling import (
+    dataset_factors as dataset_factors,
+    restrict_to_block as restrict_to_block,
+    top_eigenpairs as top_eigenpairs,
 )
 from ._factors import (
     Eigenbasis as Eigenbasis,

@@ -8,6 +8,7 @@ rest needs the extra `rmtdamp[plot]`.
 """
 
 from ._measure import (
+    LayerOverlap as LayerOverlap,
     Report as Report,
     layer_spectra as layer_spectra,
     measure as measure,

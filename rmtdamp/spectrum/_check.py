@@ -103,6 +103,31 @@ def check_product(product: Params, params: Params) -> None:
             )
 
 
+def check_factors(factors_fn: Any, params: Params, first: Batch) -> None:
+    """Refuse what measures no Kronecker factors, or those of another model."""
+    blocks = getattr(factors_fn, "blocks", None)
+    if blocks is None or not callable(factors_fn):
+        raise TypeError(
+            f"factors_fn is of type {type(factors_fn).__name__}, and must measure "
+            "Kronecker factors: take rmtdamp.kronecker.ModelFactors, or "
+            "rmtdamp.flax.nnx_factors"
+        )
+    shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
+    for block in blocks:
+        if [shapes[i : i + 1] for i in block.leaves] != [[x] for x in block.shapes]:
+            raise ValueError(
+                f"factors_fn has a block {block.name!r} of shapes {block.shapes}, and "
+                "params have others there: make it of the same model"
+            )
+    try:
+        jax.eval_shape(factors_fn, params, first, jax.random.key(0))
+    except Exception as error:
+        raise ValueError(
+            f"factors_fn(params, batch, key) fails on batch 0: {_one_line(error)}; "
+            "call it by itself for the traceback"
+        ) from error
+
+
 def look(
     loss_fn: LossFn,
     params: Params,

@@ -53,7 +53,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="module:function",
         help="a function without arguments that returns (loss_fn, params, batches): "
         "loss_fn(params, batch) -> mean loss, and an iterable of batches that can be "
-        "read again and again; the current folder is searched first",
+        "read again and again; a fourth item, if any, measures Kronecker factors "
+        "(rmtdamp.flax.nnx_factors, for one): with --layers it is held beside each "
+        "layer's Hessian; the current folder is searched first",
     )
     add(
         "--out",
@@ -173,22 +175,22 @@ def load(target: str) -> Callable:
 
 
 def problem(target: str) -> tuple:
-    """(loss_fn, params, batches) from the function that `target` names."""
+    """(loss_fn, params, batches, factors_fn or None) from the `target`'s function."""
     try:
         found = load(target)()
     except ModuleNotFoundError as error:
         raise CommandError(
             f"{target} needs {error.name!r}, which is not installed"
         ) from None
-    if not isinstance(found, tuple) or len(found) != 3:
+    if not isinstance(found, tuple) or len(found) not in (3, 4):
         described = f"a {type(found).__name__}"
         if isinstance(found, tuple | list):
             described += f" of {len(found)}"
         raise CommandError(
             f"{target} returned {described}, and must return a tuple of three: "
-            "(loss_fn, params, batches)"
+            "(loss_fn, params, batches), or of four with a factors_fn"
         )
-    return found
+    return (*found, None)[:4]
 
 
 def _write(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
@@ -200,7 +202,7 @@ def _write(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
 
 def _measured(args, watch: Watch) -> Report:
     watch.stage(f"running {args.target}")
-    loss_fn, params, batches = problem(args.target)
+    loss_fn, params, batches, factors_fn = problem(args.target)
     try:  # before the long part
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -217,6 +219,7 @@ def _measured(args, watch: Watch) -> Report:
             batch_only=args.batch_only,
             # No expression after --layers: every layer.
             layers=args.layers or (None if args.layers is not None else ()),
+            factors_fn=factors_fn,
             mode=args.mode,
             dense=args.dense,
             watch=watch,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmtdamp._tree import num_examples, size
-from rmtdamp._types import Batch, LossFn, Mode, Params
+from rmtdamp._types import Batch, LossFn, Matvec, Mode, Params
 from rmtdamp.hessian import (
     Estimate,
     SpectralDensity,
@@ -62,8 +62,8 @@ def exact(
     blocks: dict[str, Callable[[str], bool]],
     mode: Mode,
     watch: Watch,
-) -> dict[str, Any]:
-    """The measured fields of a `Report`."""
+) -> tuple[dict[str, Any], Matvec]:
+    """The measured fields of a `Report`, and the Hessian of the data set."""
     n, count, p = num_microbatches, num_examples(first), size(params)
     ends = np.cumsum([x.size for x in jax.tree.leaves(params)])
 
@@ -100,7 +100,7 @@ def exact(
         eigh(matrix, params).leading(wide, "LM") for matrix in ((a + b) / 2, a, b)
     )
     found = outliers(compare_halves(*judged, k=min(k, p // 4)))
-    return {
+    fields = {
         "trace": Estimate(jnp.asarray(np.trace(whole)), jnp.zeros(())),
         "largest": pairs.leading(1, "LA"),
         "smallest": pairs.leading(1, "SA"),
@@ -112,6 +112,7 @@ def exact(
         "batch_density": batch_density,
         "layers": layers,
     }
+    return fields, matvec
 
 
 def _over(batches, hessian, watch: Watch) -> np.ndarray:

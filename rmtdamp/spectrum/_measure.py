@@ -31,12 +31,20 @@ from rmtdamp.hessian import (
     restrict,
     spectral_density,
     split_half_eigsh,
+    subspace_overlap,
     sum_matvec,
     trace,
 )
+from rmtdamp.kronecker import (
+    FactorsFn,
+    dataset_factors,
+    eigenbasis,
+    restrict_to_block,
+    top_eigenpairs,
+)
 from rmtdamp.outliers import Outliers, outliers
 
-from ._check import MIN_EXAMPLES, SPARE, check_product, look
+from ._check import MIN_EXAMPLES, SPARE, check_factors, check_product, look
 from ._exact import exact
 from ._watch import Watch
 
@@ -45,6 +53,14 @@ _FEW = 1000
 _TRACE_PRODUCTS = 32
 # Relative residual asked of eigenvalues, whose error is of the order of its square.
 _TOL = 1e-3
+
+
+class LayerOverlap(NamedTuple):
+    """How much of a layer's sharp space its Kronecker factors show."""
+
+    k: int  # the dimensions of either space
+    overlap: float  # k^-1 ||U^T V||_F^2, in [0, 1]
+    random: float  # what a random space has on average, k over the parameters
 
 
 class Report(NamedTuple):
@@ -70,6 +86,7 @@ class Report(NamedTuple):
     batch_density: SpectralDensity  # of the first batch's Hessian
     layers: dict[str, SpectralDensity]  # of diagonal blocks of the data set's Hessian
     notes: list[str]  # what a reader must know to read the rest
+    kronecker: dict[str, LayerOverlap]  # of the layers whose factors are measured
 
 
 def _num_microbatches(count: int) -> int:
@@ -87,8 +104,11 @@ def _blocks(params: Params, select: Sequence[str] | None) -> dict:
         return {expression: expression for expression in select}
     keystr, layers = jax.tree_util.keystr, {}
     for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        # A box around a leaf, as Flax puts it, is not a layer.
+        boxed = getattr(path[-1], "name", None) == "value" if path else False
+        inner = path[:-1] if boxed else path
         # A leaf at the top is a layer of its own.
-        layers.setdefault(keystr(path[:-1] or path), set()).add(keystr(path))
+        layers.setdefault(keystr(inner[:-1] or inner), set()).add(keystr(path))
     return {name: leaves.__contains__ for name, leaves in layers.items()}
 
 
@@ -147,6 +167,31 @@ def layer_spectra(
     }
 
 
+def _kronecker_overlaps(
+    factors_fn: FactorsFn, matvec: Matvec, params: Params, batches: Iterable[Batch],
+    key: Key, blocks: dict, k: int,
+) -> dict[str, LayerOverlap]:  # fmt: skip
+    """For each block of the Hessian that is a layer with factors, kernel and bias."""
+    layers = {}
+    for name, chosen in blocks.items():
+        _, part = restrict(matvec, params, chosen)
+        held = jax.tree.map(lambda _, x: x is not None, params, part)
+        layers[frozenset(np.flatnonzero(jax.tree.leaves(held)).tolist())] = name
+    wanted = [block for block in factors_fn.blocks if block.groups]
+    first, *keys = jax.random.split(key, 1 + len(wanted))
+    factors, found = dataset_factors(factors_fn, params, batches, first), {}
+    for block, measured, each in zip(wanted, factors, keys, strict=True):
+        name = layers.get(frozenset(block.leaves))
+        if name is not None:
+            layer, part = restrict_to_block(matvec, params, block)
+            few = min(k, size(part))
+            true = eigsh(layer, part, each, k=few, tol=_TOL)
+            estimate = top_eigenpairs(block, eigenbasis(measured), params, k=few)
+            overlap = subspace_overlap(true, estimate)
+            found[name] = LayerOverlap(few, overlap, few / size(part))
+    return found
+
+
 def measure(
     loss_fn: LossFn,
     params: Params,
@@ -158,6 +203,7 @@ def measure(
     num_probes: int = 4,
     batch_only: bool = False,
     layers: Sequence[str] | None = (),
+    factors_fn: FactorsFn | None = None,
     mode: Mode = "forward-over-reverse",
     dense: bool | None = None,
     watch: Watch | None = None,
@@ -190,6 +236,10 @@ def measure(
         num_probes: probes of each density, and of `moments`.
         batch_only: let the first batch stand for the data set.
         layers: regular expressions for `layer_spectra`; None for every layer.
+        factors_fn: measures Kronecker factors, such as `ModelFactors` or
+            `rmtdamp.flax.nnx_factors`, best with `fisher="ggn"`; for each of `layers`
+            that is one of its blocks, the overlap of the k sharpest directions with
+            those of the factors' product.
         mode: how products are differentiated, see `rmtdamp.hessian.hvp`.
         dense: whether to make the whole Hessian; default: of at most 1,000 parameters.
         watch: told how far things are.
@@ -202,8 +252,8 @@ def measure(
             batches that are not an iterable of batches or can be read only once.
         ValueError: batches that are empty, exhausted or different on the second pass,
             a first batch of fewer than 4 examples, a loss or a Hessian that is not
-            finite, fewer than 4 parameters, or what `eigsh` and `spectral_density`
-            refuse.
+            finite, fewer than 4 parameters, a `factors_fn` of another model or one that
+            fails, or what `eigsh` and `spectral_density` refuse.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -234,9 +284,20 @@ def measure(
         "loss": problem.loss,
         "notes": problem.notes,
     }
-    wanted = layers is None or layers
+    blocks = _blocks(params, layers) if layers is None or layers else {}
+    if factors_fn is not None:
+        check_factors(factors_fn, params, first)
+
+    def overlaps(matvec):
+        if factors_fn is None or not blocks:
+            return {}
+        watch.stage("Kronecker factors of the layers")
+        data = [first] if batch_only else batches
+        at = matvec, params, data, next(keys), blocks, k
+        return _kronecker_overlaps(factors_fn, *at)
+
     if p <= _FEW if dense is None else dense:
-        found = exact(
+        found, matvec = exact(
             loss_fn,
             params,
             batches,
@@ -244,11 +305,11 @@ def measure(
             k=k,
             num_microbatches=n,
             batch_only=batch_only,
-            blocks=_blocks(params, layers) if wanted else {},
+            blocks=blocks,
             mode=mode,
             watch=watch,
         )
-        return Report(**about, **found)
+        return Report(**about, **found, kronecker=overlaps(matvec))
 
     watch.stage("compiling Hessian-vector products")
     a, b = (
@@ -321,10 +382,10 @@ def measure(
     if not batch_only:
         batch_density = density_of(matvec, key=next(keys))
 
-    blocks = {}
-    if wanted:
+    spectra = {}
+    if blocks:
         watch.stage("layers")
-        blocks = layer_spectra(
+        spectra = layer_spectra(
             whole,
             params,
             next(keys),
@@ -343,5 +404,6 @@ def measure(
         outliers=found,
         noise_density=noise_density,
         batch_density=batch_density,
-        layers=blocks,
+        layers=spectra,
+        kronecker=overlaps(whole),
     )

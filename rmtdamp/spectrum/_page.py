@@ -121,6 +121,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "noise": _quadrature(report.noise_density),
             "layers": {n: _quadrature(s) for n, s in report.layers.items()},
         },
+        "kronecker": {n: found._asdict() for n, found in report.kronecker.items()},
         "notes": report.notes,
     }
 
@@ -249,25 +250,63 @@ def page(report: Report, name: str) -> Group:
         ],
     )
     parts = [whole, batch, _outlier_table(report)]
+    parts += [_layer_table(report)] if report.layers else []
     parts += [Text(f"\nnote: {note}", style="yellow") for note in report.notes]
     return Group(*parts)
+
+
+def _table(title: str, caption: str | None) -> Table:
+    return Table(
+        title=f"\n{title}",
+        title_justify="left",
+        title_style="bold",
+        caption=caption,
+        caption_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+        padding=(0, 1),
+        show_edge=False,
+    )
+
+
+def _layer_table(report: Report) -> Table:
+    """Each layer's block, and how much of its sharp space Kronecker factors show."""
+    seen, caption = report.kronecker, None
+    if seen:
+        caption = (
+            f"KFAC: share of the {max(x.k for x in seen.values())} sharpest directions "
+            "in the Kronecker factors' own"
+        )
+    where = "batch 0" if report.batch_only else "the data set"
+    table = _table(f"Blocks of the Hessian of {where}", caption)
+    names = [
+        "block",
+        "parameters",
+        "trace",
+        "largest",
+        *(["KFAC", "random"] * bool(seen)),
+    ]
+    for i, name in enumerate(names):
+        table.add_column(name, justify="right" if i else "left")
+    for name, spectrum in report.layers.items():
+        p, largest = spectrum.num_parameters, float(np.max(spectrum.nodes))
+        total = f"{float(spectrum.moment(1)[0]) * p:.4g}"
+        row = [Text(name), f"{p:,}", total, f"{largest:.4g}"]
+        if seen:
+            x = seen.get(name)
+            row += [f"{x.overlap:.3f}", f"{x.random:.2g}"] if x else ["-", "-"]
+        table.add_row(*row)
+    return table
 
 
 def _outlier_table(report: Report) -> Table:
     """Each leading eigenvector of the batch, and how much of it is true."""
     found = report.outliers
     count = int(np.sum(np.asarray(found.is_outlier)))
-    table = Table(
-        title=f"\nEigenvectors of batch 0: {count} of {len(found.eigenvalues)} are "
-        "more than noise",
-        title_justify="left",
-        title_style="bold",
-        caption="overlap²: with the true eigenvectors, from two halves of the batch"
+    table = _table(
+        f"Eigenvectors of batch 0: {count} of {len(found.eigenvalues)} are more than "
+        "noise",
+        "overlap²: with the true eigenvectors, from two halves of the batch"
         + ("" if report.batch_only else "; measured: with the data set's"),
-        caption_justify="left",
-        box=rich.box.SIMPLE_HEAD,
-        padding=(0, 1),
-        show_edge=False,
     )
     names = ["seen", "residual", "verdict", "overlap²"]
     if not report.batch_only:

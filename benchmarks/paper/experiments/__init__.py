@@ -3,6 +3,7 @@
 from . import (
     beyond,
     cost,
+    decoupling,
     fair,
     flatness,
     imbalanced_data,
@@ -17,6 +18,6 @@ from . import (
 
 MODULES = (
     *(lanczos_opt, spectra, vgg, fair, stable_rate, threshold, cost),
-    *(beyond, rules, flatness, imbalanced_theory, imbalanced_data),
+    *(beyond, rules, flatness, decoupling, imbalanced_theory, imbalanced_data),
 )
 EXPERIMENTS = {x.name: x for module in MODULES for x in module.EXPERIMENTS}
