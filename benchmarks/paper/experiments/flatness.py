@@ -158,7 +158,9 @@ def _least_checks(found):
         text = f"Depth {depth}: the slope is off 2 (L - 1) / L by less than 0.05"
         checks.append(below(text, off, 0.05))
         off = [abs(x - 1) for x in ends(rows, "ratio")]
-        text = f"Depth {depth}: so is the constant off 2 L (d_0 d_L)^(1/L) by 5 %"
+        text = (
+            f"Depth {depth}: the constant is off 2 L (d_0 d_L)^(1/L) by less than 5 %"
+        )
         checks.append(below(text, off, 0.05))
         excess = ends(rows, "excess")
         text = f"Depth {depth}: no random factorisation is flatter: the least ratio"

@@ -143,11 +143,11 @@ def best_of(found, of, rate):
     return min(keys, key=lambda key: mean(of(found, *key)))
 
 
-def table1_adam(found):
+def table1_adam(found, rates=tuple(ALONG)):
     """More damping, a smaller norm, and for a while better test errors."""
     checks = []
-    for rate, dampings in ALONG.items():
-        along = [("Adam", rate, d) for d in dampings]
+    for rate in rates:
+        along = [("Adam", rate, d) for d in ALONG[rate]]
         text = f"At alpha {rate:g} and equal training loss lambda_1 falls with delta"
         check = trend(text, [sharpness(found, *key) for key in along], -1)
         losses = [train_loss(found, *key) for key in along]
@@ -184,9 +184,9 @@ def _table2(found):
     ]
 
 
-def _fig9(found, decays):
+def _fig9(found):
     checks = []
-    for decay in decays:
+    for decay in DECAYS:
         low, high = (("Adam", 1e-3, d, decay) for d in (DEFAULT, 1e-3))
         text = f"With weight decay {decay:g} a delta of 1e-3 lowers the"
         for name, of in {
@@ -195,9 +195,6 @@ def _fig9(found, decays):
         }.items():
             checks.append(less(f"{text} {name}", of(found, *high), of(found, *low)))
     return checks
-
-
-decayed = lambda decays: functools.partial(_fig9, decays=decays)
 
 
 def along(found, of):
@@ -287,13 +284,13 @@ KFAC_TABLE = _kfac_runs([(KFAC, *pair) for pair in TABLE])
 experiment = lambda name, runs, checks, pictures, heads=heads: Experiment(
     name, runs, heads, line, checks, pictures
 )
-with_decay = lambda row: heads(row) | {"weight decay": row["weight_decay"]}
+_decayed = lambda row: heads(row) | {"weight decay": row["weight_decay"]}
 NORMS = [("log", "lambda_1"), ("linear", "test error, %")]
 EXPERIMENTS = [
     experiment("table1_adam", _adam_runs(PAIRS), table1_adam, NORMS),
     experiment("fig8_adam", _adam_runs(PAIRS), _fig8, CURVES),
     experiment("table2_adam_d", _adam_runs(TABLE_2), _table2, CURVES),
-    experiment("fig9_adamw_bn", _bn_runs, decayed(DECAYS), CURVES, with_decay),
+    experiment("fig9_adamw_bn", _bn_runs, _fig9, CURVES, _decayed),
     experiment("table1_kfac", KFAC_TABLE, _table1_kfac, CURVES),
     experiment("fig7_kfac", KFAC_TABLE, fig7, CURVES),
     *(
