@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from rmtdamp import plot, rmt
-from rmtdamp.hessian import EigenPairs, SpectralDensity
+from rmtdamp.hessian import EigenPairs, SpectralDensity, squared_overlaps
 from rmtdamp.outliers import Outliers
 from rmtdamp.plot._axis import Smoothed
 
@@ -162,18 +162,16 @@ def test_squared_overlaps_are_those_of_the_flat_vectors():
         np.concatenate([x["a"], x["b"].reshape(-1, 4)], axis=1)
         for x in (first.eigenvectors, second.eigenvectors)
     )
-    got = plot.squared_overlaps(first, second)
+    got = squared_overlaps(first, second)
     np.testing.assert_allclose(got, (u @ v.T) ** 2, atol=1e-14)
-    np.testing.assert_allclose(
-        plot.squared_overlaps(first, first), np.eye(3), atol=1e-14
-    )
+    np.testing.assert_allclose(squared_overlaps(first, first), np.eye(3), atol=1e-14)
 
 
 @pytest.mark.parametrize("second", ["batch", "truth"])
 def test_overlap_picture_estimates_once_or_twice(second):
     first = found([4.0, -2.0, 0.9], seed=1)
     other = found([3.5, 2.5], seed=2)
-    overlaps = plot.squared_overlaps(first, other)
+    overlaps = squared_overlaps(first, other)
     # Of the outliers alone.
     estimate = np.asarray(first.overlaps_squared)[:2]
     power = 2 if second == "batch" else 1
@@ -258,7 +256,7 @@ def test_bad_input():
         plot.eigenvector_overlap(pairs, pairs)
     other = pairs._replace(eigenvectors={"a": jnp.ones((2, 6))})
     with pytest.raises(ValueError, match=r"\[\(6,\)\] cannot be compared: both sides"):
-        plot.squared_overlaps(pairs, other)
+        squared_overlaps(pairs, other)
 
 
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch):

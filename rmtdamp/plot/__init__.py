@@ -7,15 +7,12 @@
 | `density` | density, reach of the measured noise, outliers, semicircle |
 | `eigenvector_overlap` | overlaps of eigenvectors: measured, estimated, Theorem 1 |
 | `layer_densities` | densities of several blocks, one above the other |
-| `squared_overlaps` | the numbers behind the overlaps, `rmtdamp.hessian`'s |
 
 The axis of eigenvalues is linear around zero and logarithmic beyond, so that a narrow
 bulk and outliers a thousand times as far are both to be seen. Without `ax` a `Figure`
 of its own is made, outside pyplot: there is no window and no global state, and
 `ax.figure.savefig("name.png")` needs no display. Needs the extra `rmtdamp[plot]`.
 """
-
-from rmtdamp.hessian import squared_overlaps as squared_overlaps
 
 from ._density import (
     density as density,

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from rmtdamp import damping, plot, rmt, stability
 from rmtdamp.damping import identity_target
-from rmtdamp.hessian import SpectralDensity
+from rmtdamp.hessian import SpectralDensity, squared_overlaps
 
 from ._measure import Report
 
@@ -157,7 +157,7 @@ def check_finite(report: Report) -> None:
 
 def _measured(report: Report) -> np.ndarray:
     """Squared projection of the batch's eigenvectors on the data set's leading ones."""
-    return plot.squared_overlaps(report.outliers, report.leading).sum(1)
+    return squared_overlaps(report.outliers, report.leading).sum(1)
 
 
 def _with_error(value, stderr) -> str:

@@ -50,7 +50,10 @@ STRENGTHS = {
 }
 PENALTIES = (0.0, 1e-5, 1e-4, 1e-3)  # of a network's trace
 
-product = functools.partial(functools.reduce, lambda x, w: w @ x)
+
+def product(weights):
+    """W_L ... W_1."""
+    return functools.reduce(lambda x, w: w @ x, weights)
 
 
 def see(matrices, matrix):
