@@ -53,9 +53,14 @@ def loss_fn(weights, inputs, targets):
     return 0.5 * (jnp.mean(errors) + RIDGE * jnp.sum(weights**2))
 
 
+@functools.cache  # for all preconditioners and momenta
+def minimum(seed):
+    """(weights, the data) where the gradient is rounding, in float64."""
+    return _minimum(jax.random.key(seed))
+
+
 @jax.jit
-def minimum(key):
-    """(weights, the data) where the gradient is rounding."""
+def _minimum(key):
     keys = jax.random.split(key, 3)
     rows, hidden, columns = SIZES
     inputs = jax.random.normal(keys[0], (NUM_EXAMPLES, rows))
@@ -131,7 +136,7 @@ def threshold(folder: pathlib.Path, *, preconditioner, momentum, seed) -> Row:
     """How far a displacement from a minimum has grown, at each ratio."""
     del folder
     with jax.enable_x64(True):
-        w, data = minimum(jax.random.key(seed))
+        w, data = minimum(seed)
         found = measured(w, data, divisor(preconditioner, w, data), momentum)
         one = {name: float(found[name]) for name in ("gradient", "smallest")}
         one["predicted"] = float(found["predicted"])
