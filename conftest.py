@@ -22,8 +22,11 @@ hypothesis.settings.load_profile("rmtdamp")
 def pytest_configure(config):
     """Compile a program once, for all tests and workers: most are the same, and small.
 
-    The folder stays, so that a second run of the tests hardly compiles.
+    The folder stays, so that a second run of the tests hardly compiles. The fast tests
+    compile for longer than they compute, so theirs is not optimised; the slow ones' is.
     """
+    fast = config.getoption("markexpr") == "not slow"
+    jax.config.update("jax_disable_most_optimizations", fast)
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
