@@ -236,7 +236,8 @@ def test_verdicts_and_cells():
 def test_configurations_are_json_and_have_seeds(name):
     for run in EXPERIMENTS[name].runs():
         assert json.loads(run.key) == run.config
-        assert isinstance(run.config["seed"], int)
+        seeds = run.config.get("seeds") or [run.config["seed"]]
+        assert all(isinstance(seed, int) for seed in seeds)
 
 
 RECORDS = _page.records()
