@@ -33,7 +33,7 @@ def rows(valid, test):
         for rate, *pair in zip((0.01, 0.1), valid, test, strict=True)
         for seed in (0, 1)
     ]
-    return rules._each(made)
+    return rules.with_chosen(made)
 
 
 FOUND = {
@@ -57,9 +57,9 @@ def test_regret_and_width_in_closed_form():
 
 
 def test_a_run_that_diverged_is_never_chosen_and_counts_as_lost():
-    (lost,) = rules._each([row(0.1, 0, None, None)])
+    (lost,) = rules.with_chosen([row(0.1, 0, None, None)])
     assert lost["best_loss"] == 0.0  # of the evaluation before
-    (gone,) = rules._each(
+    (gone,) = rules.with_chosen(
         [row(0.1, 0, math.nan, math.nan) | {"valid_loss": [None] * 2}]
     )
     assert gone["chosen_loss"] == math.inf
