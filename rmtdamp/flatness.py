@@ -39,10 +39,11 @@ def trace_penalty(
     new key in each step.
 
     Cost of the gradient: v^T H v is two derivatives forward, one within the other, so
-    that a single one goes back. With one probe and three convolutions it takes 4.1
-    times the FLOPs and 2.3 times the memory of the loss's own gradient, and on a CPU
-    3.6 times as long; that of v^T (H v), H v forward over reverse, takes 4.2, 2.9 and
-    12.8. Probes run at once.
+    that a single one goes back. With one probe, over the loss's own gradient on a CPU
+    (`python -m benchmarks.costs penalties`), convolutions take 4.1 times the FLOPs, 2.3
+    times the memory and 3.2 times as long, an MLP 2.5, 4.4 and 2.6. (That of v^T (H v),
+    H v forward over reverse: 4.2, 2.8 and 7.6, and 2.4, 3.4 and 2.2.) Probes run at
+    once.
 
     Args:
         loss_fn: `loss_fn(params, batch, *loss_args) -> scalar`.

@@ -2,7 +2,8 @@
 
     python -m benchmarks.costs SECTION... [--quick] [--fresh]
 
-Sections: steps, refreshes (of the damping); kfac; products, density (of Hessians).
+Sections: steps, refreshes (of the damping); kfac; products, density (of Hessians);
+penalties (on their trace).
 Rows go to benchmarks/results/costs.json as they are measured, under the device's name,
 and one that is there is not measured again unless --fresh; costs.md has them as tables.
 --quick is a rehearsal that writes nothing. Set OPENBLAS_NUM_THREADS=1 for kfac: threads
@@ -25,6 +26,7 @@ import rmtdamp
 import rmtdamp.flax
 from benchmarks.shared.report import cost_table
 from rmtdamp.demo._train import cross_entropy
+from rmtdamp.flatness import trace_penalty
 from rmtdamp.hessian import hessian_matvec, hvp, lanczos, moments, spectral_density
 
 from . import timing
@@ -165,6 +167,34 @@ def product_row(effort, kind, batch_size, dtype):
     return row
 
 
+def penalty_row(effort, kind, batch_size):
+    """The gradient of v^T H v in two forms, over that of the loss."""
+    loss_fn, params, batch = problem(kind, batch_size)
+
+    def reverse(params, batch, key):
+        """H v forward over reverse, with v of signs too."""
+        del key
+        signs = jax.tree.map(lambda x: jnp.where(x < 0, -1.0, 1.0), params)
+        vector = jax.lax.stop_gradient(signs)
+        slope = lambda p: jax.grad(loss_fn)(p, batch)
+        return optax.tree.vdot(vector, jax.jvp(slope, (params,), (vector,))[1])
+
+    penalty, key = functools.partial(trace_penalty, loss_fn), jax.random.key(0)
+    programs = {
+        "gradient": compiled(jax.grad(loss_fn), params, batch),
+        "trace_penalty": compiled(jax.grad(penalty), params, batch, key),
+        "over reverse": compiled(jax.grad(reverse), params, batch, key),
+    }
+    calls = {name: program[0] for name, program in programs.items()}
+    times = timing.timed(calls, effort, f"{kind} {batch_size}")
+    _, flops, memory = programs["gradient"]
+    return {
+        name: compare(times["gradient"], times[name])
+        | {"flops_ratio": count / flops, "temp_ratio": temp / memory}
+        for name, (_, count, temp) in programs.items()
+    }
+
+
 def matfree_density(matvec, steps, probes, *args):
     """matfree's Lanczos in one program per density: key -> (nodes, weights)."""
     from matfree import decomp, stochtrace
@@ -224,6 +254,7 @@ SECTIONS = {
     "kfac": (kfac_row, [("mlp", 256), ("mlp", 4096), ("cnn", 128)]),
     "products": (product_row, PRODUCTS),
     "density": (density_row, DENSITIES),
+    "penalties": (penalty_row, [("mlp", 256), ("cnn", 64)]),
 }
 
 
