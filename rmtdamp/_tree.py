@@ -4,6 +4,7 @@ Reductions accumulate in float32, or in the leaves' dtype where that is wider. W
 bfloat16 or float16 model rounds on the way to a gradient is rounded all the same.
 """
 
+import functools
 import itertools
 import math
 
@@ -21,12 +22,15 @@ def leaf_names(params: Params) -> list[str]:
     Returns:
         One name per leaf.
     """
-    names = []
-    for path, _ in jax.tree_util.tree_leaves_with_path(params):
-        if path and getattr(path[-1], "name", None) == "value":
-            path = path[:-1]
-        names.append(jax.tree_util.keystr(path, simple=True, separator="/"))
-    return names
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    return [name(without_box(path)) for path, _ in paths]
+
+
+def without_box(path: tuple) -> tuple:
+    """A leaf's path without the box around it, Flax's variable, if there is one."""
+    boxed = bool(path) and getattr(path[-1], "name", None) == "value"
+    return path[:-1] if boxed else path
 
 
 def accumulation_dtype(tree: Params) -> jnp.dtype:

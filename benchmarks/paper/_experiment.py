@@ -64,7 +64,7 @@ class Experiment(NamedTuple):
         panels = []
         for picture in self.pictures:
             if callable(picture):
-                panels.extend(picture(rows))
+                panels.extend(picture(self.each(rows)))
             elif isinstance(picture, str):
                 panels.append(report.training(labelled, picture))
             elif picture[0] == "grid":

@@ -90,9 +90,9 @@ def data_of(folder: pathlib.Path, task: Task) -> Any:
 
 
 @functools.cache
-def network_of(task: Task, num_classes, shape, with_factors=False, factor=1.0):
-    """The functions of the task's model; `factor` multiplies the loss."""
-    model = models.build(task.model, num_classes, shape, task.width)
+def network_of(name, width, num_classes, shape, with_factors=False, factor=1.0):
+    """The functions of a model, by its name; `factor` multiplies the loss."""
+    model = models.build(name, num_classes, shape, width)
     loss = lambda model, batch: factor * cross_entropy(model(batch[0]), batch[1])
     factors_fn = None
     if with_factors:
@@ -112,9 +112,8 @@ def prepare(folder, task: Task, seed: int, with_factors=False, factor=1.0):
     """((train, test), network, params, loss_args, number of classes)."""
     parts, num_classes = data_of(folder, task)
     shape = parts[0][0].shape[1:]
-    # Whoever shares the model shares what is compiled.
-    model = Task("any", task.model, task.width)
-    network = network_of(model, num_classes, shape, with_factors, factor)
+    model = task.model, task.width, num_classes, shape
+    network = network_of(*model, with_factors, factor)
     return parts, network, *initial(task, num_classes, shape, seed), num_classes
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmtdamp._tree import check_params, size
+from rmtdamp._tree import check_params, size, without_box
 from rmtdamp._types import Batch, Key, LossFn, Matvec, Mode, Params
 from rmtdamp.hessian import (
     EigenPairs,
@@ -104,9 +104,7 @@ def _blocks(params: Params, select: Sequence[str] | None) -> dict:
         return {expression: expression for expression in select}
     keystr, layers = jax.tree_util.keystr, {}
     for path, _ in jax.tree_util.tree_leaves_with_path(params):
-        # A box around a leaf, as Flax puts it, is not a layer.
-        boxed = getattr(path[-1], "name", None) == "value" if path else False
-        inner = path[:-1] if boxed else path
+        inner = without_box(path)
         # A leaf at the top is a layer of its own.
         layers.setdefault(keystr(inner[:-1] or inner), set()).add(keystr(path))
     return {name: leaves.__contains__ for name, leaves in layers.items()}

@@ -264,7 +264,7 @@ def _bound_checks(found):
 def _over_k(rows):
     """Overlaps against k: with the estimate, and of two models."""
     of_layer = lambda row: f"{NAMES[row['task']['model']]} {row['layer']}"
-    found = by(_each_layer(rows), of_layer)
+    found = by(rows, of_layer)
     titles = {"overlap": "true and estimated", "models": "of two models"}
     for name, title in titles.items():
         lines = []

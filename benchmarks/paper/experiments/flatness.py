@@ -327,7 +327,6 @@ def _recovery_checks(found):
 
 
 def _recovery_panels(rows):
-    rows = by_seed(rows)
     for depth in DEPTHS:
         lines = []
         for method in STRENGTHS:

@@ -71,7 +71,7 @@ def lanczos_opt(
     task, shape = training.Task(dataset, "logistic"), (28, 28, 1)
     found = _descend(
         Method("lanczos" if newton else "gd", "constant"),
-        training.network_of(task, 10, shape),
+        training.network_of(task.model, task.width, 10, shape),
         stacked,
         seed,
         training.initial(task, 10, shape, 0),
@@ -126,7 +126,7 @@ def _checks(found):
 
 def _panels(rows):
     """Errors over epochs at two dampings."""
-    found = by(_each(rows), lambda row: tuple(_heads(row).values()))
+    found = by(rows, lambda row: tuple(_heads(row).values()))
     for delta in (1e-2, 1.0):
         of = {k[0]: v for k, v in found.items() if k[1] in (delta, None)}
         yield report.training(of, "train_error", f"training error, delta {delta:g}")

@@ -284,7 +284,7 @@ def _text_checks(found):
 
 def _panels(rows):
     """A task each: the test loss of a method against the rate, up to twice the best."""
-    found = by(with_chosen(rows), lambda row: tuple(_heads(row).values()))
+    found = by(rows, lambda row: tuple(_heads(row).values()))
     for task in _tasks(found):
         lines = []
         for name, of in ((n, of) for (t, n), of in found.items() if t == task):
