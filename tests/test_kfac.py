@@ -14,6 +14,7 @@ from rmtdamp import KroneckerMeasurer, kfac, scale_by_kfac
 from rmtdamp.kronecker import (
     Factors,
     ModelFactors,
+    eigenbasis,
     make_blocks,
     second_moments,
     to_matrix,
@@ -125,16 +126,67 @@ def test_update_is_the_dense_solve_with_the_damping_of_the_moment(damping):
     close(updates["scale"], GRADS["scale"] / (FOUND.diagonal[0] + damping))
 
 
-def test_factored_damping_is_the_dense_solve():
-    step = stepper(scale_by_kfac(FN, tikhonov="factored", refresh_every=None))
-    updates, _ = step(GRADS, FIRST, PARAMS, BATCH, damping=0.01)
+FACTORED = scale_by_kfac(FN, tikhonov="factored", refresh_every=None)
+FACTORED_STEP = stepper(FACTORED)
 
+
+def factored(factors, damping):
     def curvature(layer, k):
-        a, g = (factor[k] for factor in FOUND.kronecker[layer])
+        a, g = (factor[k] for factor in factors[layer])
         pi = jnp.sqrt(jnp.trace(a) / len(a) / (jnp.trace(g) / len(g)))
-        return jnp.kron(plus(a, pi * 0.1), plus(g, 0.1 / pi))
+        root = jnp.sqrt(damping)
+        return jnp.kron(plus(a, pi * root), plus(g, root / pi))
 
-    check_solves(updates, curvature)
+    return curvature
+
+
+def test_factored_damping_is_the_dense_solve_whatever_changes():
+    state = FACTORED.init(PARAMS)._replace(measured=FIRST.measured)
+    for damping in (0.01, 0.25):
+        updates, state = FACTORED_STEP(GRADS, state, PARAMS, BATCH, damping=damping)
+        check_solves(updates, factored(FOUND.kronecker, damping))
+    double = jax.tree.map(lambda x: 2 * x, FOUND.kronecker)
+    known = state.measured
+    known = known._replace(
+        factors=double,
+        bases=tuple(map(eigenbasis, double)),
+        eigen_refreshes=known.eigen_refreshes + 1,
+    )
+    state = state._replace(measured=known)
+    updates, state = FACTORED_STEP(GRADS, state, PARAMS, BATCH, damping=0.25)
+    check_solves(updates, factored(double, 0.25))
+
+
+def test_inverses_are_kept_until_the_damping_or_the_bases_change():
+    state = FACTORED.init(PARAMS)._replace(measured=FIRST.measured)
+    first, state = FACTORED_STEP(GRADS, state, PARAMS, BATCH, damping=0.01)
+    kept = jax.tree.map(lambda x: 3 * x, state.inverses.factors)
+    state = state._replace(inverses=state.inverses._replace(factors=kept))
+    again, state = FACTORED_STEP(GRADS, state, PARAMS, BATCH, damping=0.01)
+    jax.tree.map(lambda u, v: close(u, 9 * v), again["conv"], first["conv"])
+    # A product with the curvature neither needs nor renews them.
+    product = jax.jit(functools.partial(FACTORED.update, curvature_power=1))
+    back, same = product(first, state, PARAMS, damping=0.5)
+    jax.tree.map(np.testing.assert_array_equal, same, state)
+    other, state = FACTORED_STEP(back, state, PARAMS, BATCH, damping=0.5)
+    jax.tree.map(close, other, first)
+
+
+def test_factored_damping_of_zero_leaves_singular_directions_out():
+    one = jax.tree.map(lambda x: x[:1], BATCH)
+    tx = scale_by_kfac(FN, tikhonov="factored", damping=0.0, refresh_every=10)
+    grads = jax.jit(jax.grad(loss_fn))(PARAMS, one)
+    updates, state = stepper(tx)(grads, tx.init(PARAMS), PARAMS, one)
+    assert state.kfac_fallbacks == 1
+    for layer, block in enumerate(b for b in BLOCKS if b.groups):
+        a, g = state.measured.factors[layer]
+        gradient, update = (
+            to_matrix(block, [jax.tree.leaves(tree)[i] for i in block.leaves])
+            for tree in (grads, updates)
+        )
+        for k in range(block.groups):
+            expected = jnp.linalg.pinv(a[k]) @ gradient[k] @ jnp.linalg.pinv(g[k])
+            close(update[k], expected)
 
 
 def test_ekfac_is_the_dense_solve_with_the_measured_diagonal():

@@ -115,7 +115,7 @@ def refresh_row(effort, how, kind, batch_size):
     )
 
 
-def kfac_row(effort, kind, batch_size):
+def kfac_row(effort, kind, batch_size, tikhonov="eigenvalues"):
     """100 steps of KFAC over 100 of Adam; the CNN, on a CPU, measures by hand."""
     case = loss_fn, params, batch = problem(kind, batch_size)
     model = timing.model_of(kind)
@@ -123,7 +123,8 @@ def kfac_row(effort, kind, batch_size):
     factors_fn = rmtdamp.flax.nnx_factors(model, cross_entropy)
     measurer = rmtdamp.KroneckerMeasurer(factors_fn)
     every = None if kind == "cnn" else 10
-    tx = rmtdamp.kfac(1e-6, measurer, damping=1e-3, refresh_every=every)
+    options = {"damping": 1e-3, "tikhonov": tikhonov, "refresh_every": every}
+    tx = rmtdamp.kfac(1e-6, measurer, **options)
 
     def refresh(count, state, params):
         if count % 10:
@@ -133,7 +134,8 @@ def kfac_row(effort, kind, batch_size):
     ours = Steps(tx, loss_fn, params, batch, None if every else refresh, loss_args)
     # The rate is small, for gradients of fitted labels vanish.
     adam = Steps(optax.adam(1e-6), *case)
-    return over(effort, f"KFAC, {kind} {batch_size}", adam, ours, EVERY, 5)
+    what = f"KFAC, {tikhonov}, {kind} {batch_size}"
+    return over(effort, what, adam, ours, EVERY, 5)
 
 
 def product_row(effort, kind, batch_size, dtype):
@@ -248,10 +250,12 @@ SIZES = {"mlp": (16, 160, 1600), "cnn": (2, 20, 200), "transformer": (1, 10, 100
 DTYPES = ("float32", "bfloat16")
 PRODUCTS = [(k, n, dtype) for k, of in SIZES.items() for dtype in DTYPES for n in of]
 DENSITIES = (("mlp", 1024, 4, 80), ("cnn", 16, 1, 10))  # batch size, probes, steps
+KFAC = [("mlp", n, *of) for n in (256, 4096) for of in ((), ("factored",))]
+KFAC += [("cnn", 128)]
 SECTIONS = {
     "steps": (step_row, [*STEPS, ("auto_damping by hand", "cnn", 128)]),
     "refreshes": (refresh_row, [*REFRESHED, ("eager", "cnn", 128)]),
-    "kfac": (kfac_row, [("mlp", 256), ("mlp", 4096), ("cnn", 128)]),
+    "kfac": (kfac_row, KFAC),
     "products": (product_row, PRODUCTS),
     "density": (density_row, DENSITIES),
     "penalties": (penalty_row, [("mlp", 256), ("cnn", 64)]),

@@ -14,7 +14,14 @@ import optax
 
 from rmtdamp._checks import check_choice, check_every
 from rmtdamp._tree import mean, vdot
-from rmtdamp.kronecker import Block, Eigenbasis, FactorsFn, from_matrix, to_matrix
+from rmtdamp.kronecker import (
+    Block,
+    Eigenbasis,
+    FactorsFn,
+    KroneckerFactors,
+    from_matrix,
+    to_matrix,
+)
 
 from ._kronecker import KroneckerMeasurer, KroneckerState
 from ._measurer import check_whole, refresh_in_step
@@ -23,12 +30,22 @@ from ._optimiser import check_damping, damping_in_force, is_one, optimiser
 Tikhonov = Literal["eigenvalues", "factored"]
 
 
+class DampedInverses(NamedTuple):
+    """(A + pi sqrt(delta))^-1 and (G + sqrt(delta) / pi)^-1, and what they hold for."""
+
+    factors: tuple[KroneckerFactors, ...]  # per Kronecker block
+    dampings: jax.Array  # (Kronecker blocks,), delta; NaN before the first step
+    eigen_refreshes: jax.Array  # (), int32, of the eigenbases
+    singular: jax.Array  # (), bool, singular directions were left out
+
+
 class ScaleByKFACState(NamedTuple):
     """State of `scale_by_kfac`."""
 
     count: Any  # (), int32, steps taken
     measured: KroneckerState  # changes when the factors are measured
     kfac_fallbacks: jax.Array  # (), int32, steps that left out singular directions
+    inverses: Any  # DampedInverses; () unless the damping is factored
 
 
 def scale_by_kfac(
@@ -51,6 +68,10 @@ def scale_by_kfac(
     the mean eigenvalues of A and G. `KroneckerMeasurer(ekfac=True)` takes for l_A l_G^T
     the measured diagonal of the curvature in this basis. Leaves outside layers have a
     diagonal block: d / (diagonal + delta).
+
+    A step takes four matrix products a layer, "factored" two: it keeps the inverses of
+    both damped factors, which costs the memory of A and G once more, and makes them
+    anew, for two products with square matrices, when delta or the eigenvectors change.
 
     A and G are measured and averaged every `refresh_every` steps, the first included;
     their eigenvectors follow more rarely. delta is added at each step, so a new one
@@ -134,7 +155,14 @@ def scale_by_kfac(
         if leaves:
             _check_leaves(blocks, leaves, "params")
         zero = lambda: jnp.zeros((), jnp.int32)
-        return ScaleByKFACState(zero(), measurer.init(params), zero())
+        measured = measurer.init(params)
+        inverses = ()
+        if tikhonov == "factored":
+            # Copies, so that a step may donate its state.
+            factors = jax.tree.map(jnp.copy, measured.factors)
+            unknown = jnp.full(len(factors), jnp.nan, measured.factor_weight.dtype)
+            inverses = DampedInverses(factors, unknown, zero(), jnp.asarray(False))
+        return ScaleByKFACState(zero(), measured, zero(), inverses)
 
     def update(
         updates,
@@ -167,8 +195,12 @@ def scale_by_kfac(
         if relative_damping is not None:
             kappas, unit = _of_blocks(blocks, relative_damping, dtype), _mean(measured)
             deltas = [d + k * unit for d, k in zip(deltas, kappas, strict=True)]
-        power = curvature_power if product else -1
-        out, singular = _powered(blocks, measured, leaves, deltas, tikhonov, power)
+        power, inverses = curvature_power if product else -1, ()
+        if tikhonov == "factored" and not product:
+            inverses = _in_force(blocks, measured, deltas, state.inverses)
+        out, singular = _powered(
+            blocks, measured, leaves, deltas, tikhonov, power, inverses
+        )
         out = [u.astype(leaf.dtype) for u, leaf in zip(out, leaves, strict=True)]
         out = jax.tree.unflatten(treedef, out)
         if product:
@@ -177,6 +209,7 @@ def scale_by_kfac(
             optax.safe_increment(state.count),
             measured,
             state.kfac_fallbacks + singular.astype(jnp.int32),
+            inverses,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -313,12 +346,48 @@ def damped_eigenvalues(
     a, g = basis.input_values, basis.output_values
     if tikhonov == "eigenvalues":
         return a[:, :, None] * g[:, None, :] + damping
+    a, g = _damped_factors(basis, damping)
+    return a[:, :, None] * g[:, None, :]
+
+
+def _damped_factors(basis: Eigenbasis, damping) -> tuple[jax.Array, jax.Array]:
+    """l_A + pi sqrt(delta) and l_G + sqrt(delta) / pi."""
+    a, g = basis.input_values, basis.output_values
     # pi^2, the ratio of the mean eigenvalues; 1 where one of the factors is zero
     mean_a, mean_g = jnp.mean(a, axis=1), jnp.mean(g, axis=1)
     usable = (mean_a > 0) & (mean_g > 0)
     ratio = jnp.where(usable, mean_a, 1) / jnp.where(usable, mean_g, 1)
     pi, root = jnp.sqrt(ratio)[:, None], jnp.sqrt(damping)
-    return (a + pi * root)[:, :, None] * (g + root / pi)[:, None, :]
+    return a + pi * root, g + root / pi
+
+
+def _in_force(blocks, measured, dampings, before: DampedInverses) -> DampedInverses:
+    """The inverses of before, or new ones where they hold for something else."""
+    of_layers = [d for block, d in zip(blocks, dampings, strict=True) if block.groups]
+    if not of_layers:
+        return before
+    asked, made_of = jnp.stack(of_layers), measured.eigen_refreshes
+
+    def inverse(vectors, values, damping):
+        size = values.shape[-1]
+        inverted, left_out = _quotient(jnp.ones_like(values), values, damping, size)
+        scaled = vectors * inverted[:, None, :]
+        return jnp.einsum(
+            "kab,kcb->kac", scaled, vectors, precision="highest"
+        ), left_out
+
+    def renewed():
+        factors, singular = [], jnp.asarray(False)
+        for basis, damping in zip(measured.bases, of_layers, strict=True):
+            a, g = _damped_factors(basis, damping)
+            inputs, left_out = inverse(basis.inputs, a, damping)
+            outputs, also = inverse(basis.outputs, g, damping)
+            factors.append(KroneckerFactors(inputs, outputs))
+            singular |= left_out | also
+        return DampedInverses(tuple(factors), asked, made_of, singular)
+
+    stale = jnp.any(before.dampings != asked) | (before.eigen_refreshes != made_of)
+    return jax.lax.cond(stale, renewed, lambda: before)
 
 
 def _of_blocks(blocks: tuple[Block, ...], damping: Any, dtype) -> list[jax.Array]:
@@ -361,6 +430,7 @@ def _powered(
     dampings: list[jax.Array],
     tikhonov: Tikhonov,
     power: int,
+    inverses: DampedInverses | tuple[()],
 ) -> tuple[list[jax.Array], jax.Array]:
     """(curvature + delta)^power times the gradient, block by block.
 
@@ -371,6 +441,7 @@ def _powered(
         dampings: delta of each block.
         tikhonov: how it is added to Kronecker blocks.
         power: -1, 0 or 1.
+        inverses: of the damped factors, for power -1, if they are kept, else ().
 
     Returns:
         The leaves of the result in the dtype of the factors, and whether singular
@@ -378,7 +449,7 @@ def _powered(
     """
     dtype = state.factor_weight.dtype
     out: list[jax.Array] = list(leaves)
-    singular = jnp.asarray(False)
+    singular = inverses.singular if inverses else jnp.asarray(False)
     layer = diagonal = 0
     product = lambda spec, x, y: jnp.einsum(spec, x, y, precision="highest")
 
@@ -389,7 +460,12 @@ def _powered(
 
     for block, damping in zip(blocks, dampings, strict=True):
         chosen = [leaves[place].astype(dtype) for place in block.leaves]
-        if block.groups:
+        if block.groups and inverses:
+            kept, left_out = inverses.factors[layer], jnp.asarray(False)
+            half = product("kab,kbo->kao", kept.inputs, to_matrix(block, chosen))
+            results = from_matrix(block, product("kao,kop->kap", half, kept.outputs))
+            layer += 1
+        elif block.groups:
             basis = state.bases[layer]
             if state.scales:
                 curvature = state.scales[layer] + damping
