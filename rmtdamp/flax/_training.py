@@ -1,4 +1,4 @@
-"""A door for Flax users: nnx models with state, linen's TrainState. Needs Flax.
+"""For Flax users: nnx models with state, linen's TrainState. Needs Flax.
 
 Curvature is measured in evaluation mode, at the statistics of the moment: BatchNorm on
 its running averages and Dropout off make the loss a mean over independent examples.

@@ -1,4 +1,4 @@
-"""The door for a model and no time: `python -m rmtdamp spectrum module:function`.
+"""For a model and no time: `python -m rmtdamp spectrum module:function`.
 
     loss_fn, params, batches  ->  Report  ->  a page, a picture, a JSON file
 

@@ -47,8 +47,8 @@ def with_damping(
     """Let an optax factory take its eps from `damping`.
 
     `with_damping(optax.amsgrad)(1e-3)` is `optax.amsgrad(1e-3)` whose `eps` is whatever
-    the owner of the damping says (`auto_damping`, `set_damping`), and the factory's own
-    value where there is no owner. The state is that of the factory.
+    `auto_damping` or `set_damping` around it says, and the factory's own value where
+    there is neither. The state is that of the factory.
 
     Units: those of the factory's argument. Where eps stands beside sqrt(v) (adam,
     adamw, nadam, amsgrad, adabelief, rmsprop with `eps_in_sqrt=False`) it is that of a
@@ -148,9 +148,9 @@ def scale_by_adam_shrinkage(
     "avagrad" makes the mean square of the factors eta one, whatever the gradient: its
     learning rates are those of momentum SGD.
 
-    The damping is that of the owner around it (`auto_damping`, `set_damping`), and the
-    argument's where there is none. At damping 1e-8 the damping form is `optax.adam`, to
-    the last bit. The state is optax's `ScaleByAdamState`.
+    The damping is that of `auto_damping` or `set_damping` around it, and the
+    argument's where there is neither. At damping 1e-8 the damping form is
+    `optax.adam`, to the last bit. The state is optax's `ScaleByAdamState`.
 
     Units: sqrt(v) is a gradient, and so is delta. Eq. 15's damping is a squared Hessian
     eigenvalue over a unit target; that it may serve here is an experimental finding,
@@ -159,12 +159,13 @@ def scale_by_adam_shrinkage(
     Args:
         b1: decay of the first moment.
         b2: decay of the second moment.
-        damping: delta, a number or a schedule of the step, for use without an owner.
+        damping: delta, a number or a schedule of the step, for use without
+            `auto_damping` and `set_damping`.
         eps_root: added to v inside the root.
         mu_dtype: dtype of the first moment; default: that of the params.
         nesterov: Nesterov momentum.
         form: "damping", "shrinkage", "length" or "avagrad".
-        target: tau, for use without an owner, in the unit of a gradient.
+        target: tau, for the same use, in the unit of a gradient.
 
     Returns:
         A transformation whose `update` takes `damping` and `damping_target`,
@@ -172,7 +173,7 @@ def scale_by_adam_shrinkage(
         `curvature_power`, with which it is the product with a power of sqrt(v) + delta.
         The dampings are scalars, or a tree like params, a scalar for each leaf.
         Updates have the gradients' dtype; the division is done in float32 or wider
-        when an owner hands the damping in.
+        when the damping comes from around it.
 
     Raises:
         ValueError: an unknown `form`.

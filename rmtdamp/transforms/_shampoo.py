@@ -122,7 +122,8 @@ def scale_by_shampoo(
     every `eigen_every` steps. Memory: twice the squares of both sides.
 
     Args:
-        damping: delta, a number or a schedule of the step, for use without an owner.
+        damping: delta, a number or a schedule of the step, for use without
+            `auto_damping` and `set_damping`.
         exponents: p and q, a pair, or one number for both. A side with the Python
             number 0 gets no factor.
         decay: of the averages, in [0, 1); 0 takes the last gradient alone.

@@ -152,7 +152,8 @@ def scale_by_spectral_descent(
     matrix: for the same entries, about with the square root of its longer side.
 
     Args:
-        damping: delta, a number or a schedule of the step, for use without an owner.
+        damping: delta, a number or a schedule of the step, for use without
+            `auto_damping` and `set_damping`.
         method: "newton_schulz" or "svd".
         num_iterations: steps of the iteration, each two matrix products.
         weight_dimension_numbers: which axes make a matrix, as in `optax.contrib.muon`:
