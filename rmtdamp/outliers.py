@@ -96,19 +96,28 @@ def outliers(measured: SplitHalfPairs) -> Outliers:
         Granziol and Baskerville, section 4. We depart from it in judging by the halves
         of the batch in place of the semicircle.
     """
-    # Below 0 is chance, above 1 rounding. NaN stays.
-    agreements = jnp.clip(measured.agreements, 0, 1)
-    half = (agreements + jnp.sqrt(agreements * (agreements + 8))) / 4
-    overlaps = (1 + half) / 2
-    is_outlier = half**2 > 0.5
-    true = measured.eigenvalues / (2 - overlaps)
+    is_outlier, true, overlaps = _judged(measured.eigenvalues, measured.agreements)
     return Outliers(
         eigenvalues=measured.eigenvalues,
         residuals=measured.residuals,
         is_outlier=is_outlier,
-        true_eigenvalues=jnp.where(is_outlier, true, jnp.nan),
+        true_eigenvalues=true,
         overlaps_squared=overlaps,
         eigenvectors=measured.eigenvectors,
+    )
+
+
+@jax.jit
+def _judged(eigenvalues, agreements):
+    # Below 0 is chance, above 1 rounding. NaN stays.
+    agreements = jnp.clip(agreements, 0, 1)
+    half = (agreements + jnp.sqrt(agreements * (agreements + 8))) / 4
+    overlaps = (1 + half) / 2
+    is_outlier = half**2 > 0.5
+    return (
+        is_outlier,
+        jnp.where(is_outlier, eigenvalues / (2 - overlaps), jnp.nan),
+        overlaps,
     )
 
 

@@ -13,6 +13,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rmtdamp.kronecker import ModelFactors, Tape, make_blocks
@@ -42,17 +43,13 @@ def loss_fn(params, batch):
     return criterion(model_fn(params, batch[0], Tape(keep=False)), batch[1])
 
 
-def _initial(key):
-    keys = jax.random.split(key, len(SIZES) - 1)
-    return {
-        f"layer{i}": {
-            "kernel": jax.random.normal(k, (m, n)) / m**0.5,
-            "bias": jnp.zeros(n),
-        }
-        for i, (k, (m, n)) in enumerate(
-            zip(keys, itertools.pairwise(SIZES), strict=True)
-        )
+def _initial(rng):
+    kernel = lambda m, n: rng.normal(scale=m**-0.5, size=(m, n))
+    params = {
+        f"layer{i}": {"kernel": kernel(m, n), "bias": np.zeros(n)}
+        for i, (m, n) in enumerate(itertools.pairwise(SIZES))
     }
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
 
 
 @jax.jit
@@ -74,14 +71,13 @@ def digits():
     Returns:
         `(loss_fn, params, batches, factors_fn)`.
     """
-    images, labels = data = jax.device_put(load_digits().train)
-    start, shuffle = jax.random.split(jax.random.key(0))
-    order = jax.random.randint(shuffle, (NUM_STEPS, BATCH_SIZE), 0, len(labels))
-    params = _train(_initial(start), data, order)
-    batches = [
-        (images[i : i + BATCH_SIZE], labels[i : i + BATCH_SIZE])
-        for i in range(0, len(labels), BATCH_SIZE)
-    ]
+    images, labels = data = load_digits().train
+    rng = np.random.default_rng(0)  # draws without a compiler
+    order = rng.integers(len(labels), size=(NUM_STEPS, BATCH_SIZE), dtype=np.int32)
+    params = _train(_initial(rng), data, order)
+    starts = range(0, len(labels), BATCH_SIZE)
+    batches = [(images[i : i + BATCH_SIZE], labels[i : i + BATCH_SIZE]) for i in starts]
+    batches = jax.device_put(batches)
     layers = {n: {"kernel": f"{n}/kernel", "bias": f"{n}/bias"} for n in params}
     factors_fn = ModelFactors(
         model_fn=model_fn,

@@ -58,24 +58,28 @@ def halves(batch: Batch) -> tuple[Batch, Batch]:
             f"batch holds {count} examples, and two halves of a batch need an even "
             f"number: leave one out, jax.tree.map(lambda x: x[:{count - 1}], batch)"
         )
-    return tuple(jax.tree.map(lambda x, i=i: x[i::2], batch) for i in (0, 1))
+    return _halves(batch)
 
 
 @jax.jit
-def _agreements(whole: EigenPairs, first: EigenPairs, second: EigenPairs):
-    """<P_a u_i, P_b u_i>, P_a and P_b on what has the sign of lambda_i."""
+def _halves(batch):
+    return tuple(jax.tree.map(lambda x, i=i: x[i::2], batch) for i in (0, 1))
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _compared(whole: EigenPairs, first: EigenPairs, second: EigenPairs, *, k):
+    """The first k of `whole`, <P_a u, P_b u> with P_a on what has lambda's sign."""
+    values, vectors, residuals = jax.tree.map(lambda x: x[:k], whole[:3])
     gram = jax.vmap(project, in_axes=(None, 0))
 
     def coordinates(half):
-        same = jnp.sign(whole.eigenvalues)[:, None] == jnp.sign(half.eigenvalues)[None]
-        return jnp.where(same, gram(half.eigenvectors, whole.eigenvectors), 0)
+        same = jnp.sign(values)[:, None] == jnp.sign(half.eigenvalues)[None]
+        return jnp.where(same, gram(half.eigenvectors, vectors), 0)
 
     cross = gram(second.eigenvectors, first.eigenvectors)
-    return jnp.sum(
-        jnp.matmul(coordinates(first), cross, precision="highest")
-        * coordinates(second),
-        axis=1,
-    )
+    seen = jnp.matmul(coordinates(first), cross, precision="highest")
+    agreements = jnp.sum(seen * coordinates(second), axis=1)
+    return values, vectors, residuals, agreements
 
 
 def compare_halves(
@@ -101,13 +105,8 @@ def compare_halves(
         >>> print(compare_halves(pairs, pairs, turned, k=1).agreements)
         [0.]
     """
-    return SplitHalfPairs(
-        eigenvalues=whole.eigenvalues[:k],
-        eigenvectors=jax.tree.map(lambda x: x[:k], whole.eigenvectors),
-        residuals=whole.residuals[:k],
-        agreements=_agreements(whole, first, second)[:k],
-        num_products=whole.num_products + first.num_products + second.num_products,
-    )
+    num_products = whole.num_products + first.num_products + second.num_products
+    return SplitHalfPairs(*_compared(whole, first, second, k=k), num_products)
 
 
 def split_half_eigsh(
