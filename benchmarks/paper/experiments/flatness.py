@@ -282,7 +282,7 @@ def by_seed(rows):
     ]
 
 
-MEASUREMENTS = (50, 80)
+MEASUREMENTS = (35, 50, 65, 80)
 
 
 def _recovery_runs():
