@@ -2,14 +2,14 @@
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ._tree import num_examples
-from ._types import Batch, LossFn, Params
+from ._types import Batch, LossFn, Mode, Params
 
 
 def check_range(
@@ -37,16 +37,16 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
         )
 
 
-FORWARD, REVERSE = "forward-over-reverse", "reverse-over-reverse"
+FORWARD, REVERSE, DIFFERENCE = get_args(Mode)
 
 
 def check_mode(mode: str) -> None:
     """Refuse an unknown way to differentiate.
 
     Raises:
-        ValueError: `mode` is neither of the two.
+        ValueError: `mode` is none of the three.
     """
-    check_choice("mode", mode, (FORWARD, REVERSE))
+    check_choice("mode", mode, get_args(Mode))
 
 
 def check_every(name: str, every: Any, *, or_never: bool = False) -> None:

@@ -1,11 +1,15 @@
-"""Questions to JAX, and one setting: tracing, convolutions, precision of products."""
+"""Questions to JAX, and one setting: tracing, convolutions, dtypes, precision."""
 
 import contextlib
+from collections.abc import Callable
 
 import jax
 import jax.core
+import jax.numpy as jnp
 
 from ._types import Batch, LossFn, Params
+
+_HALVES = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)
 
 
 def is_traced(*trees) -> bool:
@@ -17,6 +21,20 @@ def has_convolution(loss_fn: LossFn, params: Params, batch: Batch, loss_args) ->
     """Whether the loss contains a convolution, read off its printed jaxpr."""
     jaxpr = jax.make_jaxpr(loss_fn)(params, batch, *loss_args)
     return "conv_general_dilated" in str(jaxpr)
+
+
+def coarsest_epsilon(function: Callable, params: Params) -> float:
+    """The largest epsilon of the dtypes of params and of those they are narrowed to.
+
+    A model of float32 params may compute in bfloat16, which its printed jaxpr shows.
+
+    Returns:
+        A number.
+    """
+    text = str(jax.make_jaxpr(function)(params))
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(params)}
+    dtypes |= {x for x in _HALVES if f"new_dtype={x.name}" in text}
+    return max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
 
 
 def matmul_precision(precision: str | None):

@@ -19,4 +19,4 @@ Criterion = Callable[[Any, Any], jax.Array]  # criterion(outputs, targets) -> me
 SampleFn = Callable[[Key, Any], Any]  # sample_fn(key, outputs) -> targets
 Matvec = Callable[[Params], Params]
 Execution = Literal["scan", "unroll", "vmap", "eager"]
-Mode = Literal["forward-over-reverse", "reverse-over-reverse"]
+Mode = Literal["forward-over-reverse", "reverse-over-reverse", "finite-difference"]

@@ -1,13 +1,24 @@
 """hvp and hessian_matvec against dense Hessians and finite differences."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import dense_hessian, mlp, mlp_batch, mlp_loss
 
-from rmtdamp import DampingLearner
-from rmtdamp.hessian import hessian_matvec, hvp, moments
+from rmtdamp import DampingLearner, spectrum
+from rmtdamp.damping import StabilityFloor
+from rmtdamp.hessian import (
+    check_symmetric,
+    dataset_matvec,
+    eigsh,
+    hessian_matvec,
+    hvp,
+    moments,
+    to_dense,
+)
 from rmtdamp.transforms import Context
 
 PARAMS = mlp(jax.random.key(0))
@@ -209,3 +220,167 @@ def test_a_loss_that_cannot_be_differentiated_names_the_other_mode():
         learner.refresh(*arguments)
     learner = DampingLearner(CUSTOM, num_microbatches=2, mode=reverse)
     assert learner.refresh(*arguments).measured_variance > 0
+
+
+def opaque_backward(y, g):
+    """The backward pass of `custom` as a kernel that JAX cannot look into."""
+    host = lambda y, g: np.asarray(g) * (1 - np.asarray(y) ** 2)
+    result = jax.ShapeDtypeStruct(y.shape, y.dtype)
+    return (jax.pure_callback(host, result, y, g, vmap_method="broadcast_all"),)
+
+
+@jax.custom_vjp
+def opaque(x):
+    return jnp.tanh(x)
+
+
+opaque.defvjp(lambda x: (opaque(x),) * 2, opaque_backward)
+
+
+@jax.custom_vjp
+def inlined(x):
+    return jnp.tanh(x)
+
+
+inlined.defvjp(lambda x: (jnp.tanh(x),) * 2, opaque_backward)
+OPAQUE, INLINED = map(loss_with, (opaque, inlined))
+DIFFERENCE = "finite-difference"
+
+
+def relative_error(found, exact):
+    widened = [flat(tree).astype(jnp.float64) for tree in (found, exact)]
+    return jnp.linalg.norm(widened[0] - widened[1]) / jnp.linalg.norm(widened[1])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.float16, jnp.bfloat16])
+def test_finite_difference_is_as_exact_as_it_says(dtype):
+    """Along random and sharp directions and a single parameter, in any unit of v."""
+    cast = lambda tree, dtype: jax.tree.map(lambda x: x.astype(dtype), tree)
+    params, (inputs, labels) = cast(PARAMS, dtype), BATCH
+    exact = dense_hessian(mlp_loss, cast(params, jnp.float64), BATCH)
+    _, vectors = jnp.linalg.eigh(exact)
+    _, unravel = jax.flatten_util.ravel_pytree(PARAMS)
+    batch = inputs.astype(dtype), labels
+    matvec = hessian_matvec(mlp_loss, params, batch, mode=DIFFERENCE)
+    # A few times eps^(2/3), the error that the documentation states.
+    bound = min(0.2, 10 * float(jnp.finfo(dtype).eps) ** (2 / 3))
+    for vector in (1e-3 * flat(VECTOR), vectors[:, -1], 1e3 * jnp.eye(94)[3]):
+        given = cast(unravel(vector), dtype)
+        found = matvec(given)
+        assert relative_error(found, exact @ flat(given).astype(float)) < bound
+        assert [x.dtype for x in jax.tree.leaves(found)] == [dtype] * 4
+
+
+def test_finite_difference_of_a_zero_vector_and_at_zero_params():
+    found = hvp(PLAIN, WEIGHTS, INPUTS, jnp.zeros((3, 2)), mode=DIFFERENCE)
+    np.testing.assert_array_equal(found, 0)
+    zeros, vector = jnp.zeros((3, 2)), jnp.ones((3, 2))
+    found = hvp(PLAIN, zeros, INPUTS, vector, mode=DIFFERENCE)
+    np.testing.assert_allclose(found, hvp(PLAIN, zeros, INPUTS, vector), rtol=1e-9)
+
+
+def test_finite_difference_knows_that_a_loss_computes_in_bfloat16():
+    """A step made for float32 params would vanish in what the loss rounds."""
+
+    def loss(params, batch):
+        x = jnp.tanh(batch.astype(jnp.bfloat16) @ params.astype(jnp.bfloat16))
+        return jnp.mean(jnp.sum(x.astype(jnp.float32) ** 2, axis=1))
+
+    params, inputs = WEIGHTS.astype(jnp.float32), INPUTS.astype(jnp.float32)
+    vector = jnp.arange(6.0, dtype=jnp.float32).reshape(3, 2) - 2
+    exact = hvp(PLAIN, params, inputs, vector)
+    found = hvp(loss, params, inputs, vector, mode=DIFFERENCE)
+    assert relative_error(found, exact) < 0.2
+
+
+def test_finite_difference_of_params_split_over_devices():
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.NamedSharding(mesh, jax.P("x"))
+    draw = lambda seed, rows: jax.random.normal(jax.random.key(seed), (rows, 4))
+    arrays = draw(8, 4), draw(9, 8), draw(10, 4)
+    params, inputs, vector = jax.device_put(arrays, split)
+    found = hvp(PLAIN, params, inputs, vector, mode=DIFFERENCE)
+    assert relative_error(found, hvp(PLAIN, params, inputs, vector)) < 1e-9
+    assert len(found.sharding.device_set) == 4
+
+
+def test_finite_difference_where_nothing_else_differentiates():
+    """Every way to hand a mode on, on a loss whose backward pass is a callback."""
+    vector = jnp.arange(6.0).reshape(3, 2)
+    exact = to_dense(hessian_matvec(PLAIN, WEIGHTS, INPUTS), WEIGHTS)
+    once = hvp(OPAQUE, WEIGHTS, INPUTS, vector, mode=DIFFERENCE)
+    assert relative_error(once, exact @ flat(vector)) < 1e-9
+    matvec = hessian_matvec(OPAQUE, WEIGHTS, INPUTS, mode=DIFFERENCE)
+    np.testing.assert_allclose(to_dense(matvec, WEIGHTS), exact, atol=1e-9)
+    check_symmetric(matvec, WEIGHTS, jax.random.key(0))
+    matvec_fn = functools.partial(hessian_matvec, mode=DIFFERENCE)
+    halves = INPUTS[:4], INPUTS[4:]
+    whole = dataset_matvec(OPAQUE, WEIGHTS, halves, matvec_fn=matvec_fn)
+    top = eigsh(whole, WEIGHTS, jax.random.key(1), k=1).eigenvalues[0]
+    np.testing.assert_allclose(top, np.linalg.eigvalsh(exact)[-1], rtol=1e-8)
+
+
+@pytest.mark.parametrize("execution", ["eager", "scan", "unroll", "vmap"])
+def test_moments_by_finite_difference(execution):
+    measure = lambda loss, **options: moments(
+        loss, WEIGHTS, INPUTS, jax.random.key(7), num_microbatches=2, **options
+    )
+    exact = measure(PLAIN)
+    found = measure(OPAQUE, mode=DIFFERENCE, execution=execution)
+    for a, b in zip(found, exact, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8)
+
+
+def test_a_learner_by_finite_difference():
+    """The moments, and the power iteration of a rule that asks for an eigenvalue."""
+    context = Context(jnp.zeros((), jnp.int32), WEIGHTS, INPUTS, 8)
+    for rule, name in (
+        (DampingLearner(PLAIN).rule, "measured_variance"),
+        (StabilityFloor(), "max_eigenvalue"),
+    ):
+        refreshed = []
+        for loss, mode in ((PLAIN, "forward-over-reverse"), (OPAQUE, DIFFERENCE)):
+            learner = DampingLearner(loss, rule=rule, num_microbatches=2, mode=mode)
+            refreshed.append(learner.refresh(learner.init(WEIGHTS), context))
+        values = [getattr(state, name) for state in refreshed]
+        assert values[0] > 0
+        np.testing.assert_allclose(values[1], values[0], rtol=1e-8)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_page_by_finite_difference(dense):
+    measure = lambda loss, mode: spectrum.measure(
+        loss, WEIGHTS, [INPUTS], jax.random.key(2), mode=mode, dense=dense, k=1
+    )
+    found, exact = measure(OPAQUE, DIFFERENCE), measure(PLAIN, "forward-over-reverse")
+    largest = lambda report: report.largest.eigenvalues
+    np.testing.assert_allclose(largest(found), largest(exact), rtol=1e-8)
+    np.testing.assert_allclose(
+        found.moments.variance, exact.moments.variance, rtol=1e-8
+    )
+
+
+@pytest.mark.parametrize("loss", [OPAQUE, INLINED], ids=["custom VJP", "inlined"])
+@pytest.mark.parametrize("mode", ["forward-over-reverse", "reverse-over-reverse"])
+def test_a_gradient_without_a_derivative_names_finite_difference(loss, mode):
+    for product in (
+        lambda: hvp(loss, WEIGHTS, INPUTS, WEIGHTS, mode=mode),
+        lambda: hessian_matvec(loss, WEIGHTS, INPUTS, mode=mode),
+        lambda: moments(
+            loss, WEIGHTS, INPUTS, jax.random.key(0), num_microbatches=2, mode=mode
+        ),
+    ):
+        with pytest.raises(TypeError, match=rf'pass mode=.*"{DIFFERENCE}"'):
+            product()
+
+
+def test_a_loss_without_a_gradient_is_not_blamed_on_the_mode():
+    """No mode would help a loss that calls back to Python without a rule."""
+
+    def loss(params, batch):
+        result = jax.ShapeDtypeStruct((), params.dtype)
+        return jax.pure_callback(lambda p: p.sum(), result, batch @ params)
+
+    for mode in ("forward-over-reverse", "reverse-over-reverse", DIFFERENCE):
+        with pytest.raises(ValueError, match="callbacks do not support JVP"):
+            hvp(loss, WEIGHTS, INPUTS, WEIGHTS, mode=mode)

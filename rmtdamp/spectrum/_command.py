@@ -9,6 +9,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import get_args
 
 try:
     import rich.console
@@ -26,6 +27,7 @@ except ModuleNotFoundError as missing:
 import jax
 
 from rmtdamp._cli import Parser, number
+from rmtdamp._types import Mode
 
 from ._measure import Report, measure
 from ._watch import Bars, Lines, Watch
@@ -102,9 +104,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--mode",
-        choices=("forward-over-reverse", "reverse-over-reverse"),
+        choices=get_args(Mode),
         default="forward-over-reverse",
-        help="how products are differentiated; the second for a loss with a custom VJP",
+        help="how products are differentiated; the second for a loss with a custom "
+        "VJP, the third for one whose gradient has no derivative at all",
     )
     add(
         "--dense",
