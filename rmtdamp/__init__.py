@@ -14,8 +14,9 @@ runs. One walk explains the package:
 The random-matrix laws behind it are in `rmtdamp.rmt`; `rmtdamp.outliers` tells a
 Hessian's directions from its noise, `rmtdamp.stability` how large a learning rate may
 be, `rmtdamp.pac_bayes` what error a flat solution guarantees; `rmtdamp.flatness` makes
-a penalty of the trace. For users: `rmtdamp.schedules`, `rmtdamp.flax`, `rmtdamp.plot`,
-`rmtdamp.spectrum`, and `python -m rmtdamp`.
+a penalty of the trace, `rmtdamp.losses` has one for large vocabularies. For users:
+`rmtdamp.schedules`, `rmtdamp.flax`, `rmtdamp.plot`, `rmtdamp.spectrum`, and
+`python -m rmtdamp`.
 """
 
 from . import (
@@ -23,6 +24,7 @@ from . import (
     flatness as flatness,
     hessian as hessian,
     kronecker as kronecker,
+    losses as losses,
     outliers as outliers,
     pac_bayes as pac_bayes,
     rmt as rmt,

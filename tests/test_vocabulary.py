@@ -6,7 +6,16 @@ import types
 import pytest
 
 import rmtdamp
-from rmtdamp import hessian, kronecker, outliers, plot, schedules, spectrum, transforms
+from rmtdamp import (
+    hessian,
+    kronecker,
+    losses,
+    outliers,
+    plot,
+    schedules,
+    spectrum,
+    transforms,
+)
 
 EMPTY, KEYWORD = inspect.Parameter.empty, inspect.Parameter.KEYWORD_ONLY
 ROOMS = (rmtdamp, hessian, kronecker, outliers, plot, schedules, spectrum, transforms)
@@ -15,7 +24,7 @@ ROOMS = (rmtdamp, hessian, kronecker, outliers, plot, schedules, spectrum, trans
 def public() -> dict:
     """Every public function and dataclass of the package, by name."""
     found = {}
-    more = (rmtdamp.damping, rmtdamp.flatness, rmtdamp.pac_bayes, rmtdamp.rmt)
+    more = (rmtdamp.damping, rmtdamp.flatness, losses, rmtdamp.pac_bayes, rmtdamp.rmt)
     for room in (*ROOMS, *more, rmtdamp.stability):
         for name, value in vars(room).items():
             ours = getattr(value, "__module__", "").startswith("rmtdamp")

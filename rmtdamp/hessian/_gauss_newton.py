@@ -27,14 +27,16 @@ def _linearize_model(model_fn, params, inputs, loss_args, precision):
         return jax.linearize(lambda p: model_fn(p, inputs, *loss_args), params)
 
 
-@functools.partial(jax.jit, static_argnames="criterion")
-def _loss_hessian(criterion, outputs, targets):
-    return jax.linearize(lambda z: jax.grad(criterion)(z, targets), outputs)[1]
+@functools.partial(jax.jit, static_argnames=("criterion", "precision"))
+def _loss_hessian(criterion, outputs, targets, precision):
+    with matmul_precision(precision):
+        return jax.linearize(lambda z: jax.grad(criterion)(z, targets), outputs)[1]
 
 
-@functools.partial(jax.jit, static_argnames="criterion")
-def _loss_gradient(criterion, outputs, targets):
-    return jax.grad(criterion)(outputs, targets)
+@functools.partial(jax.jit, static_argnames=("criterion", "precision"))
+def _loss_gradient(criterion, outputs, targets, precision):
+    with matmul_precision(precision):
+        return jax.grad(criterion)(outputs, targets)
 
 
 @jax.jit
@@ -111,7 +113,7 @@ def ggn_matvec(
     inputs, targets = pair(batch)
     outputs, model = _linearize_model(model_fn, params, inputs, loss_args, precision)
     check_scalar(criterion, outputs, targets, ())
-    middle = _loss_hessian(criterion, outputs, targets)
+    middle = _loss_hessian(criterion, outputs, targets, precision)
     return jax.tree_util.Partial(_sandwich, model, middle, params)
 
 
@@ -195,5 +197,6 @@ def fisher_matvec(
     if sample_fn is not None and key is not None:
         targets = sample_fn(key, outputs)
     check_scalar(criterion, outputs, targets, ())
-    middle = jax.tree_util.Partial(_outer, _loss_gradient(criterion, outputs, targets))
+    gradient = _loss_gradient(criterion, outputs, targets, precision)
+    middle = jax.tree_util.Partial(_outer, gradient)
     return jax.tree_util.Partial(_sandwich, model, middle, params)
