@@ -35,8 +35,9 @@ def chunked_softmax_cross_entropy(
     labels)` gives. Chunks of `chunk_size` tokens run one after another, and their
     logits are computed again where a derivative needs them (`jax.checkpoint`). So the
     loss, its gradient and its Hessian- and Gauss-Newton-vector products hold a few
-    arrays of (chunk_size x vocabulary), whatever the number of tokens; they cost one
-    more product h W, two in `hessian_matvec`.
+    arrays of (chunk_size x vocabulary), whatever the number of tokens. A gradient and
+    its value cost one more product h W; a product of `hessian_matvec`, which holds
+    nothing that it could reuse, costs what one of `hvp` does.
 
     Gauss-Newton products. `ggn_matvec` splits a loss into a model and a criterion of
     its outputs. Let the model return (hidden, kernel) in place of logits, and the

@@ -139,6 +139,7 @@ def test_gradients_of_bfloat16_are_summed_up_in_float32():
 def held(function, *args):
     """Bytes of a compiled program's temporary arrays and its results."""
     memory = jax.jit(function).lower(*args).compile().memory_analysis()
+    assert memory is not None
     return memory.temp_size_in_bytes + memory.output_size_in_bytes
 
 

@@ -3,7 +3,8 @@
     python -m benchmarks.costs SECTION... [--quick] [--fresh]
 
 Sections: steps, refreshes (of the damping); kfac; products, density (of Hessians);
-penalties (on their trace).
+penalties (on their trace); vocabulary (a large one: its cross-entropy in chunks);
+precision (of measurements, by dtype: errors, not costs).
 Rows go to benchmarks/results/costs.json as they are measured, under the device's name,
 and one that is there is not measured again unless --fresh; costs.md has them as tables.
 --quick is a rehearsal that writes nothing. Set OPENBLAS_NUM_THREADS=1 for kfac: threads
@@ -19,15 +20,27 @@ import statistics
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from scipy.stats import wasserstein_distance
 
 import rmtdamp
 import rmtdamp.flax
 from benchmarks.shared.report import cost_table
+from rmtdamp.demo._data import load_digits
 from rmtdamp.demo._train import cross_entropy
 from rmtdamp.flatness import trace_penalty
-from rmtdamp.hessian import hessian_matvec, hvp, lanczos, moments, spectral_density
+from rmtdamp.hessian import (
+    eigsh,
+    ggn_matvec,
+    hessian_matvec,
+    hvp,
+    lanczos,
+    moments,
+    spectral_density,
+)
+from rmtdamp.losses import chunked_softmax_cross_entropy
 
 from . import timing
 from .timing import compare, compiled, interleaved, on_cpu, problem, rotate
@@ -197,6 +210,119 @@ def penalty_row(effort, kind, batch_size):
     }
 
 
+def vocabulary_row(effort, tokens, width, vocabulary, chunk_size):
+    """A chunked cross-entropy over one of dense logits: time and temporary memory."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    draw = lambda key, *shape: jax.random.normal(key, shape) / width**0.5
+    params = draw(keys[0], width, width), draw(keys[1], width, vocabulary)
+    labels = jax.random.randint(keys[2], (tokens,), 0, vocabulary)
+    batch = width**0.5 * draw(keys[3], tokens, width), labels
+    hidden = lambda p, x: (jnp.tanh(x @ p[0]), p[1])
+    cross_entropies = functools.partial(
+        chunked_softmax_cross_entropy, chunk_size=chunk_size
+    )
+    ways = {
+        "dense": (
+            lambda p, x: jnp.matmul(*hidden(p, x)),
+            cross_entropy,
+            lambda p, b: cross_entropy(jnp.matmul(*hidden(p, b[0])), b[1]),
+        ),
+        "chunked": (
+            hidden,
+            lambda z, y: cross_entropies(*z, y, gauss_newton=True).mean(),
+            lambda p, b: cross_entropies(*hidden(p, b[0]), b[1]).mean(),
+        ),
+    }
+    row = {}
+    for name, program in {
+        "gradient": lambda model, criterion, loss: jax.grad(loss),
+        "hvp": lambda model, criterion, loss: lambda p, b: hvp(loss, p, b, p),
+        "ggn_matvec": lambda model, criterion, loss: (
+            lambda p, b: ggn_matvec(model, criterion, p, b)(p)
+        ),
+    }.items():
+        made = {way: compiled(program(*of), params, batch) for way, of in ways.items()}
+        calls = {way: found[0] for way, found in made.items()}
+        times = timing.timed(calls, effort, f"{name}, {tokens} tokens")
+        row[name] = compare(*times.values()) | {
+            "dense_seconds": statistics.median(times["dense"]),
+            "dense_megabytes": made["dense"][2] / 2**20,
+            "megabytes": made["chunked"][2] / 2**20,
+        }
+    return row
+
+
+@functools.cache
+def digits():
+    """A tanh network, 64-64-10, after 100 steps of Adam on 512 digits."""
+    inputs, labels = (jnp.asarray(x[:512]) for x in load_digits().train)
+    keys = jax.random.split(jax.random.key(0), 2)
+    draw = lambda key, m, n: jax.random.normal(key, (m, n)) / m**0.5
+    params = draw(keys[0], 64, 64), draw(keys[1], 64, 10)
+    tx = optax.adam(1e-3)
+
+    @jax.jit
+    def step(_, carry):
+        params, state = carry
+        grads = jax.grad(digits_loss("float32"))(params, (inputs, labels))
+        updates, state = tx.update(grads, state)
+        return optax.apply_updates(params, updates), state
+
+    return jax.lax.fori_loop(0, 100, step, (params, tx.init(params)))[0], inputs, labels
+
+
+@functools.cache
+def digits_loss(activations):
+    """Layers in one dtype, the cross-entropy in float32 or wider."""
+
+    def loss_fn(params, batch):
+        first, last = (w.astype(activations) for w in params)
+        logits = jnp.tanh(batch[0].astype(activations) @ first) @ last
+        return cross_entropy(
+            logits.astype(jnp.promote_types(activations, "f4")), batch[1]
+        )
+
+    return loss_fn
+
+
+@functools.cache
+def measured_on_digits(dtype, activations, mode):
+    """What is measured with the same probes: m, lambda_max, a density's points."""
+    params, inputs, labels = digits()
+    start = jax.tree.map(
+        lambda w: jax.random.normal(jax.random.key(w.size), w.shape), params
+    )
+    with jax.enable_x64(dtype == "float64"):
+        params, start, inputs = jax.tree.map(
+            lambda x: np.asarray(x).astype(dtype), (params, start, inputs)
+        )
+        at = (
+            digits_loss(activations),
+            jax.tree.map(jnp.asarray, params),
+            (inputs, labels),
+        )
+        noise = moments(*at, jax.random.key(1), num_probes=4, mode=mode, stderr=False)
+        matvec = hessian_matvec(*at, mode=mode)
+        top = eigsh(matvec, at[1], jax.random.key(2), k=1).eigenvalues[0]
+        nodes, weights = lanczos(matvec, start, 40).ritz()
+        return float(noise.variance), float(top), np.array(nodes), np.array(weights)
+
+
+def precision_row(effort, dtype, activations, mode):
+    """Relative errors by dtype of params and activations, against float64."""
+    del effort
+    exact = measured_on_digits("float64", "float64", "forward-over-reverse")
+    found = measured_on_digits(dtype, activations, mode)
+    relative = lambda i: abs(found[i] - exact[i]) / abs(exact[i])
+    distance = wasserstein_distance(found[2], exact[2], found[3], exact[3])
+    return {
+        "variance": relative(0),
+        "top eigenvalue": relative(1),
+        # How far its mass is moved, over the mean distance from 0.
+        "density": distance / np.average(abs(exact[2]), weights=exact[3]),
+    }
+
+
 def matfree_density(matvec, steps, probes, *args):
     """matfree's Lanczos in one program per density: key -> (nodes, weights)."""
     from matfree import decomp, stochtrace
@@ -252,6 +378,17 @@ PRODUCTS = [(k, n, dtype) for k, of in SIZES.items() for dtype in DTYPES for n i
 DENSITIES = (("mlp", 1024, 4, 80), ("cnn", 16, 1, 10))  # batch size, probes, steps
 KFAC = [("mlp", n, *of) for n in (256, 4096) for of in ((), ("factored",))]
 KFAC += [("cnn", 128)]
+# Tokens, width, vocabulary, tokens in a chunk.
+VOCABULARIES = [(n, 128, 50_304, 128) for n in (512, 1024)]
+TYPES = (
+    ("float32",) * 2,
+    ("float32", "bfloat16"),
+    ("bfloat16",) * 2,
+    ("float32", "float16"),
+    ("float16",) * 2,
+)
+MODES = ("forward-over-reverse", "finite-difference")
+PRECISIONS = [(*types, mode) for mode in MODES for types in TYPES]
 SECTIONS = {
     "steps": (step_row, [*STEPS, ("auto_damping by hand", "cnn", 128)]),
     "refreshes": (refresh_row, [*REFRESHED, ("eager", "cnn", 128)]),
@@ -259,6 +396,8 @@ SECTIONS = {
     "products": (product_row, PRODUCTS),
     "density": (density_row, DENSITIES),
     "penalties": (penalty_row, [("mlp", 256), ("cnn", 64)]),
+    "vocabulary": (vocabulary_row, VOCABULARIES),
+    "precision": (precision_row, PRECISIONS),
 }
 
 

@@ -152,7 +152,7 @@ def cost_table(rows: dict[str, Row]) -> str:
 
     def text(found):
         if not isinstance(found, dict):
-            return str(found)
+            return f"{found:.1e}" if isinstance(found, float) else str(found)
         rest = {k: x for k, x in found.items() if isinstance(x, float)}
         more = [f"{k} {x:.3g}" for k, x in rest.items() if k not in RATIO]
         return "; ".join([interval(found), *more])

@@ -47,7 +47,8 @@ class DampingLearner:
 
     Args:
         loss_fn: `loss_fn(params, batch, *loss_args) -> scalar`, the mean loss in
-            evaluation mode (no dropout, running averages); see `check_loss`.
+            evaluation mode (no dropout, running averages) and without a loss scale; see
+            `check_loss`.
         floor: delta*, the damping before the first measurement, added to what the rule
             decides, in the unit of the damping.
         decay: weight of the past in the averages, in [0, 1).
