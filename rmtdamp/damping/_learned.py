@@ -30,9 +30,10 @@ class Probe(NamedTuple):
     vector: Params  # parts of unit norm: v, or its product H v / ||H v|| that waits
     scale: jax.Array  # ||H v||
     cosine: jax.Array  # |v^T H v| / ||H v||
-    energy: jax.Array  # v^T D v with the D that led to v, NaN before
+    # Neither NaN nor a bool: optax.contrib.sam selects states by multiplication.
+    energy: jax.Array  # v^T D v with the D that led to v, 0 before
     kept: jax.Array  # (), what is left of the eigenvalue before
-    waits: jax.Array  # bool, whether the product has not been used
+    waits: jax.Array  # int32, 1 while the product has not been used
 
 
 class LearnedDamping(NamedTuple):
@@ -126,9 +127,9 @@ def initial_damping(
             vector=probe,
             scale=number(jnp.nan),
             cosine=number(jnp.nan),
-            energy=number(jnp.nan),
+            energy=number(0),
             kept=jnp.ones((), dtype),
-            waits=jnp.full(shape, False),
+            waits=count(0, shape),
         ),
     )
 
@@ -372,13 +373,13 @@ def settle_probe(
         found = solve(probe.vector)
         squared = parts.vdot(probe.vector, found)  # of w / ||w||
         vector, length = parts.normalised(found)
-        first = jnp.isnan(probe.energy)
+        waits, first = probe.waits > 0, probe.energy == 0
         value = learned.damping * probe.scale * jnp.sqrt(squared / probe.energy)
         value = jnp.where(first, learned.effective_eigenvalue, value)
-        good = probe.waits & jnp.isfinite(value) & (value > 0) & jnp.isfinite(length)
+        good = waits & jnp.isfinite(value) & (value > 0) & jnp.isfinite(length)
         # The cosine of v and D^-1 w in the inner product of D.
         agrees = first | (probe.cosine > SETTLED * jnp.sqrt(squared * probe.energy))
-        failed = probe.waits & ~agrees
+        failed = waits & ~agrees
         held = _held(learned.effective_eigenvalue, value, probe.kept)
         keep = lambda new, old: jnp.where(good, new.astype(old.dtype), old)
         return learned._replace(
@@ -395,12 +396,11 @@ def settle_probe(
                 energy=jnp.where(
                     good,
                     squared / length**2,
-                    jnp.where(probe.waits, jnp.nan, probe.energy),
+                    jnp.where(waits, 0, probe.energy),
                 ),
                 waits=jnp.zeros_like(probe.waits),
             ),
         )
 
     assert learned.probe is not None
-    waits = learned.probe.waits.any()
-    return jax.lax.cond(waits, settled, lambda x: x, learned)
+    return jax.lax.cond((learned.probe.waits > 0).any(), settled, lambda x: x, learned)

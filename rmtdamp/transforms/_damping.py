@@ -6,6 +6,7 @@ extra arguments `damping` and `damping_target` of `update`. There is one in a ch
 
 import dataclasses
 import functools
+import inspect
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -49,6 +50,24 @@ class SetDampingState(NamedTuple):
     inner_state: Any  # of the transformation inside
 
 
+_IGNORES = (
+    "the transformation inside ignores `damping`, so setting or learning one would "
+    "change nothing: take one that uses it (scale_by_adam_shrinkage, adam_shrinkage), "
+    "or wrap an optax factory, with_damping(optax.adam)(learning_rate). (A wrapper "
+    "inside that drops extra arguments, as optax.MultiSteps, optax.lookahead and "
+    "optax.contrib.sam do, hides it: put auto_damping in.)"
+)
+
+
+def _taking_damping(inner) -> optax.GradientTransformationExtraArgs:
+    # Asked of its signature: `_may_use` cannot trace every update.
+    parameters = inspect.signature(inner.update).parameters.values()
+    takes = any(x.name == "damping" or x.kind is x.VAR_KEYWORD for x in parameters)
+    if takes and isinstance(inner, optax.GradientTransformationExtraArgs):
+        return inner
+    raise ValueError(_IGNORES)
+
+
 def _init_inside(inner, params, needed=frozenset(), argument="damping"):
     """The state of `inner`, which must use a damping and hold none."""
     state = inner.init(params)
@@ -72,13 +91,7 @@ def _init_inside(inner, params, needed=frozenset(), argument="damping"):
             "made of them, or StabilityFloor without `preconditioned`"
         )
     if not _may_use("damping", inner, state, params):
-        raise ValueError(
-            "the transformation inside ignores `damping`, so setting or learning one "
-            "would change nothing: take one that uses it (scale_by_adam_shrinkage, "
-            "adam_shrinkage), or wrap an optax factory, "
-            "with_damping(optax.adam)(learning_rate). (A wrapper inside that drops "
-            "extra arguments, as optax.MultiSteps does, hides it: put auto_damping in.)"
-        )
+        raise ValueError(_IGNORES)
     return state
 
 
@@ -263,10 +276,10 @@ def auto_damping(
         A gradient transformation.
 
     Raises:
-        ValueError: `refresh_every` below 1; from `init`: an inner transformation that
-            ignores `damping` or holds one itself, params with holes; from `update`:
-            params or batch missing, a bad batch, a `damping` from outside, no learning
-            rate where the rule needs one.
+        ValueError: `refresh_every` below 1, an inner transformation that ignores
+            `damping`; from `init`: one that holds one itself, params with holes; from
+            `update`: params or batch missing, a bad batch, a `damping` from outside, no
+            learning rate where the rule needs one.
         TypeError: params that are not real floats, or a loss that is not a scalar.
 
     Example:
@@ -297,7 +310,7 @@ def auto_damping(
     if not isinstance(learner, DampingLearner):
         learner = DampingLearner(learner)
     check_every("refresh_every", refresh_every, or_never=True)
-    inner = optax.with_extra_args_support(inner)
+    inner = _taking_damping(inner)
     needed, relative = needs_of(learner.rule), is_relative(learner.rule)
     own = learning_rate
     # A copy: a step may donate params and state, which must not be one buffer.
@@ -399,7 +412,7 @@ def set_damping(
     """
     for number in jax.tree.leaves(damping):
         check_range("damping", number, lambda x: x >= 0, "at least 0")
-    inner = optax.with_extra_args_support(inner)
+    inner = _taking_damping(inner)
 
     def at(count):
         return damping(count) if callable(damping) else damping
