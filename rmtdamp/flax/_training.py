@@ -47,7 +47,10 @@ def state_of(rest: nnx.State, given: tuple, who: str) -> Any:
 
 
 def curvature_loss(
-    model: nnx.Module, model_loss: Callable[[Any, Batch], jax.Array]
+    model: nnx.Module,
+    model_loss: Callable[[Any, Batch], jax.Array],
+    *,
+    wrt: Any = nnx.Param,
 ) -> LossFn:
     """The loss of an nnx model, in the form that measures curvature.
 
@@ -55,11 +58,14 @@ def curvature_loss(
         model: an nnx module; only its structure is used, and it is left as it is.
         model_loss: `model_loss(model, batch) -> scalar`, the mean loss, as for
             `nnx.grad`.
+        wrt: which variables are trained, a filter as in `nnx.Optimizer(model, tx,
+            wrt=wrt)`: `nnx.LoRAParam` alone, say.
 
     Returns:
         `loss_fn(params, batch, state)`, the loss of an evaluation-mode copy of the
-        model with the given `nnx.Param`s and other state; without `state` for a model
-        that has no other. Make it once.
+        model with the given params, those of `wrt`, and other state; without `state`
+        for a model that has no other. Make it once. It raises a ValueError for params
+        and state that together are not the model.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -89,27 +95,35 @@ def curvature_loss(
     """
     copy = nnx.merge(*nnx.split(model), copy=True)
     copy.eval()
-    graphdef, _, rest = nnx.split(copy, nnx.Param, ...)
+    graphdef, trained, rest = nnx.split(copy, wrt, ...)
+    count = lambda *trees: len(jax.tree.leaves(trees))
 
     def loss_fn(params: Params, batch: Batch, *state):
         state = state_of(rest, state, "the curvature_loss")
+        if count(params, state) != count(trained, rest):
+            raise ValueError(
+                f"a model of {count(trained, rest)} arrays got {count(params)} as params "
+                f"and {count(state)} as state: give curvature_loss, loss_args and "
+                "nnx.Optimizer the same wrt"
+            )
         return model_loss(nnx.merge(graphdef, params, state, copy=True), batch)
 
     return loss_fn
 
 
-def loss_args(model: nnx.Module) -> tuple[nnx.State]:
+def loss_args(model: nnx.Module, *, wrt: Any = nnx.Param) -> tuple[nnx.State]:
     """The `loss_args` of `curvature_loss`: all state of the model but its params.
 
     Call it in the training step, so that the state is that of the moment.
 
     Args:
         model: the nnx module in training.
+        wrt: which variables are trained, as for `curvature_loss`.
 
     Returns:
-        A tuple with one element, the state without `nnx.Param`.
+        A tuple with one element, the state without them.
     """
-    return (nnx.state(model, nnx.Not(nnx.Param)),)
+    return (nnx.state(model, nnx.Not(wrt)),)
 
 
 def refresh(
@@ -142,7 +156,7 @@ def refresh(
         measurer,
         nnx.as_pure(nnx.state(model, optimizer.wrt)),
         batch,
-        loss_args=nnx.as_pure(loss_args(model)),
+        loss_args=nnx.as_pure(loss_args(model, wrt=optimizer.wrt)),
         curvature_batch=curvature_batch,
     )
     nnx.update(optimizer.opt_state, nnx.state(refreshed))
