@@ -330,17 +330,6 @@ def test_every_argument_of_auto_adam_reaches_its_part():
     chex.assert_trees_all_equal(get(state, "measured"), get(other, "measured"))
 
 
-def test_state_survives_serialisation():
-    import flax.serialization
-
-    tx = owned()
-    _, state = take_steps(tx, 2)
-    restored = flax.serialization.from_bytes(
-        tx.init(PARAMS), flax.serialization.to_bytes(state)
-    )
-    chex.assert_trees_all_equal(restored, state)
-
-
 def test_learner_is_a_pytree_that_passes_through_jit():
     learner = DampingLearner(mlp_loss, floor=0.25)
     floor = jax.jit(lambda learner: learner.floor * 2)(learner)
@@ -653,32 +642,6 @@ def test_a_run_that_sits_on_the_bound_says_so():
 def test_messages_that_point_to_the_mistake(call, message):
     with pytest.raises(TypeError, match=f"(?s){message}"):
         call()
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda tx: optax.lookahead(tx, sync_period=5, slow_step_size=0.5),
-        lambda tx: optax.contrib.sam(tx, optax.sgd(1e-2), opaque_mode=False),
-    ],
-    ids=["lookahead", "sam"],
-)
-def test_wrappers_that_drop_extra_arguments_name_the_way_out(wrap):
-    params = optax.LookaheadParams.init_synced(PARAMS)
-    grads = GRADS
-    tx = wrap(auto_adam(1e-3, LEARNER))
-    if "lookahead" not in wrap.__code__.co_names:
-        params = PARAMS
-    with pytest.raises(ValueError, match=r"refresh_every=None and rmtdamp.refresh"):
-        tx.update(grads, tx.init(params), params)
-
-
-def test_inject_hyperparams_takes_a_learner():
-    tx = optax.inject_hyperparams(auto_adam)(learning_rate=1e-2, learner=LEARNER)
-    updates, state = take_steps(tx, 1)
-    expected, _ = take_steps(auto_adam(1e-2, LEARNER), 1)
-    chex.assert_trees_all_close(updates, expected, rtol=1e-5)
-    assert get(state, "refresh_attempts") == 1
 
 
 def test_a_blow_up_does_not_lock_the_damping():

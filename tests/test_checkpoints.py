@@ -72,12 +72,10 @@ CASES = {
     ),
     "auto_damping(spectral)": learned(rmtdamp.spectral_descent(0.05, method="svd")),
     "auto_damping(shampoo)": learned(rmtdamp.shampoo(0.05, eigen_every=2)),
-    "auto_adam": rmtdamp.auto_adam(0.05, mlp_loss, refresh_every=2),
 }
 # Their states hold nothing new: run with the slow tests.
 VARIANTS = {
     "kfac",
-    "auto_adam",
     *(f"auto_damping({x})" for x in ("lanczos_newton", "spectral", "shampoo")),
 }
 every_case = pytest.mark.parametrize(

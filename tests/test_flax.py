@@ -1,8 +1,5 @@
 """Flax with BatchNorm and Dropout: fresh state, evaluation mode, checkpoints."""
 
-import chex
-import flax.linen as nn
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,66 +110,6 @@ def test_nnx_refresh_by_hand():
     assert damping > 1e-3
     nnx_step(model, optimizer, BATCH)
     assert value(optimizer, "damping") == damping
-
-
-class Linen(nn.Module):
-    @nn.compact
-    def __call__(self, x, train):
-        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))
-        return nn.Dense(3)(nn.Dropout(0.5, deterministic=not train)(nn.relu(x)))
-
-
-class State(rmtdamp.flax.TrainState):
-    batch_stats: dict
-
-
-def test_linen_through_train_state():
-    model = Linen()
-    variables = model.init(jax.random.key(0), BATCH[0], train=False)
-
-    def loss_fn(params, batch, batch_stats):
-        variables = {"params": params, "batch_stats": batch_stats}
-        return cross_entropy(model.apply(variables, batch[0], train=False), batch[1])
-
-    def create():
-        return State.create(
-            apply_fn=model.apply,
-            params=variables["params"],
-            batch_stats=variables["batch_stats"],
-            tx=rmtdamp.auto_adam(1e-2, loss_fn, refresh_every=2),
-        )
-
-    @jax.jit
-    def step(state, batch, key):
-        def training_loss(params):
-            logits, new = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
-                batch[0],
-                train=True,
-                rngs={"dropout": key},
-                mutable=["batch_stats"],
-            )
-            return cross_entropy(logits, batch[1]), new["batch_stats"]
-
-        grads, batch_stats = jax.grad(training_loss, has_aux=True)(state.params)
-        extra_args = {"batch": batch, "loss_args": (state.batch_stats,)}
-        return state.apply_gradients(
-            grads=grads, batch_stats=batch_stats, extra_args=extra_args
-        )
-
-    state = create()
-    for i in range(3):
-        state = step(state, BATCH, jax.random.fold_in(jax.random.key(1), i))
-    assert state.step == 3
-    assert optax.tree.get(state.opt_state, "refresh_attempts") == 2
-    assert not np.allclose(
-        state.batch_stats["BatchNorm_0"]["mean"],
-        variables["batch_stats"]["BatchNorm_0"]["mean"],
-    )
-    restored = flax.serialization.from_bytes(
-        create(), flax.serialization.to_bytes(state)
-    )
-    chex.assert_trees_all_equal(restored.opt_state, state.opt_state)
 
 
 def test_a_forgotten_state_says_how_to_pass_it():

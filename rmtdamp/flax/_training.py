@@ -97,13 +97,14 @@ def curvature_loss(
     copy.eval()
     graphdef, trained, rest = nnx.split(copy, wrt, ...)
     count = lambda *trees: len(jax.tree.leaves(trees))
+    total = count(trained, rest)
 
     def loss_fn(params: Params, batch: Batch, *state):
         state = state_of(rest, state, "the curvature_loss")
-        if count(params, state) != count(trained, rest):
+        if count(params, state) != total:
             raise ValueError(
-                f"a model of {count(trained, rest)} arrays got {count(params)} as params "
-                f"and {count(state)} as state: give curvature_loss, loss_args and "
+                f"a model of {total} arrays got {count(params)} as params and "
+                f"{count(state)} as state: give curvature_loss, loss_args and "
                 "nnx.Optimizer the same wrt"
             )
         return model_loss(nnx.merge(graphdef, params, state, copy=True), batch)
