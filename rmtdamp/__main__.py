@@ -22,7 +22,7 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"rmtdamp: the main job needs {missing.name}: pip install 'rmtdamp[demo]'")
 
-from rmtdamp._cli import Parser, number
+from rmtdamp._cli import Parser, WriteError, number
 from rmtdamp.demo._data import DataError, Dataset, load_digits, load_idx
 from rmtdamp.demo._report import ReportError, Runs, table, write_report
 from rmtdamp.demo._train import DEFAULT_METHODS, METHODS, RULES, Settings, train
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     console = rich.console.Console()
     try:
         _run(args, console)
-    except (DataError, ReportError) as error:
+    except (DataError, ReportError, WriteError) as error:
         print(f"rmtdamp: {error}", file=sys.stderr)  # noqa: T201
         return 2
     except KeyboardInterrupt:

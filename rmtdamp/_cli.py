@@ -1,7 +1,31 @@
-"""What the commands of `python -m rmtdamp` share: one-line errors, checked numbers."""
+"""What the commands share: one-line errors, checked numbers, files written whole."""
 
 import argparse
 import math
+import os
+import pathlib
+from collections.abc import Callable
+
+
+class WriteError(Exception):
+    """A file cannot be written; the message says which, and why."""
+
+
+def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
+    """Write a file whole or not at all: a kill or a full disk leaves what was there.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        write(part)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise WriteError(
+            f"cannot write {path}: {error}; what is finished is kept"
+        ) from None
 
 
 class Parser(argparse.ArgumentParser):

@@ -130,7 +130,7 @@ IDX_ERRORS = {
             "train-images-idx3-ubyte": idx(IMAGES[0][:0]),
             "train-labels-idx1-ubyte": idx(LABELS[0][:0]),
         },
-        r"train-labels\S+ is empty",
+        r"train-images\S+ is empty: an array of shape \(0, 6, 5\)",
     ),
 }
 HALF = CIFAR_100["test.bin"][:5000]

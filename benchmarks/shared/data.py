@@ -176,8 +176,6 @@ def _find(name: str, folder: str | os.PathLike) -> list[pathlib.Path]:
 
 def _labelled(path: pathlib.Path, labels: np.ndarray, num_classes: int) -> np.ndarray:
     """Labels as int32, none of them out of range."""
-    if len(labels) == 0:
-        raise DataError(f"{path} is empty: it has no labels; fetch it again")
     worst = int(labels.argmax())
     if labels[worst] >= num_classes:
         raise DataError(

@@ -18,6 +18,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from rmtdamp._cli import write_whole
+
 from .claims import mean
 from .runs import Row
 
@@ -129,7 +131,8 @@ def save_figure(path: pathlib.Path, panels: Sequence[Panel]) -> None:
     if handles:
         where = "outside lower center"
         figure.legend(handles.values(), handles, loc=where, ncols=4, fontsize=7)
-    figure.savefig(path, dpi=88, metadata={"Software": None})
+    options = {"format": "png", "dpi": 88, "metadata": {"Software": None}}
+    write_whole(path, lambda part: figure.savefig(part, **options))
     plt.close(figure)
 
 

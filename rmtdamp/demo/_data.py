@@ -52,8 +52,13 @@ def load_digits() -> Dataset:
     )
 
 
+_LARGEST = 2**31  # bytes: four times the largest set that is published as idx files
+
+
 def read_idx(path: pathlib.Path) -> np.ndarray:
-    """Read an idx file of unsigned bytes, gzipped or not.
+    """Read an idx file of unsigned bytes in 1 to 3 dimensions, gzipped or not.
+
+    It takes no more memory than the header promises, and at most 2 GiB.
 
     Returns:
         The array, uint8.
@@ -61,27 +66,40 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
     Raises:
         DataError: the file is missing, damaged, or not of that format.
     """
+    if not path.is_file():
+        raise DataError(f"{path} does not exist, or is no file")
     try:
-        raw = path.read_bytes()
-        if path.suffix == ".gz":
-            raw = gzip.decompress(raw)
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            magic = file.read(4)
+            if magic[:3] != b"\0\0\x08" or magic[3:] not in (b"\1", b"\2", b"\3"):
+                raise DataError(
+                    f"{path} is not an idx file of unsigned bytes: it begins with "
+                    f"{magic.hex() or 'nothing'}, not 00000801, 02 or 03"
+                )
+            header = file.read(4 * magic[3])
+            shape = tuple(
+                x.item() for x in np.frombuffer(header, ">u4", len(header) // 4)
+            )
+            size = math.prod(shape)
+            if size > _LARGEST:
+                raise DataError(
+                    f"{path} promises an array of shape {shape}, {size} bytes; at most "
+                    f"{_LARGEST} are read"
+                )
+            raw = bytearray()
+            # In pieces: there may be less than promised, and in a gzip file much more.
+            while len(raw) <= size and (piece := file.read(2**20)):
+                raw += piece
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is damaged: {error}; fetch it again") from None
-    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
+    if len(header) < 4 * magic[3] or len(raw) != size:
         raise DataError(
-            f"{path} is not an idx file of unsigned bytes: it begins with "
-            f"{raw[:4].hex() or 'nothing'}, not 000008"
+            f"{path} is truncated or has too much in it: {len(raw)} bytes or more "
+            f"after a header that promises an array of shape {shape}; fetch it again"
         )
-    header = 4 + 4 * raw[3]
-    shape = tuple(int.from_bytes(raw[i : i + 4], "big") for i in range(4, header, 4))
-    if len(raw) != header + math.prod(shape):
-        raise DataError(
-            f"{path} is truncated or has too much in it: {len(raw)} bytes where its "
-            f"header promises an array of shape {shape}; fetch it again"
-        )
-    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+    if size == 0:
+        raise DataError(f"{path} is empty: an array of shape {shape}; fetch it again")
+    return np.frombuffer(raw, np.uint8).reshape(shape)
 
 
 def load_idx(folder: pathlib.Path) -> Dataset:
@@ -111,5 +129,17 @@ def load_idx(folder: pathlib.Path) -> Dataset:
                 f"{paths[i]} and {paths[i + 1]} do not belong together: shapes "
                 f"{arrays[i].shape} and {arrays[i + 1].shape}"
             )
+    if arrays[0].shape[1:] != arrays[2].shape[1:]:
+        raise DataError(
+            f"{paths[0]} and {paths[2]} do not belong together: images of "
+            f"{arrays[0].shape[1:]} and {arrays[2].shape[1:]} pixels"
+        )
+    if arrays[3].max() > arrays[1].max():
+        raise DataError(
+            f"{paths[3]} has the label {arrays[3].max()}, and {paths[1]} none above "
+            f"{arrays[1].max()}: fetch them again"
+        )
+    if arrays[0].min() == arrays[0].max():
+        raise DataError(f"{paths[0]} is blank: every pixel is {arrays[0].min()}")
     train, test = (arrays[0], arrays[1]), (arrays[2], arrays[3])
     return _prepare(folder.resolve().name, train, test)

@@ -6,7 +6,6 @@ not at all, and a run whose file is there is not trained again.
 
 import json
 import math
-import os
 import pathlib
 import statistics
 from typing import Any
@@ -15,6 +14,8 @@ import matplotlib
 import numpy as np
 import rich.box
 from rich.table import Table
+
+from rmtdamp._cli import write_whole
 
 from ._train import METHODS, Record, Settings
 
@@ -28,9 +29,11 @@ class ReportError(ValueError):
 
 def write(path: pathlib.Path, text: str) -> None:
     """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+    write_whole(path, lambda part: part.write_text(text))
+
+
+# What is no JSON, no text, nested without end, or JSON of something else.
+_DAMAGED = (ValueError, RecursionError, TypeError, AttributeError, KeyError)
 
 
 class Runs:
@@ -43,12 +46,12 @@ class Runs:
         try:
             (folder / "runs").mkdir(parents=True, exist_ok=True)
             before = json.loads(path.read_text()) if path.exists() else meta
+            old, new = before["settings"] | before, meta["settings"] | meta
         except OSError as error:
             raise ReportError(f"cannot write the report to {folder}: {error}") from None
-        except json.JSONDecodeError:
+        except _DAMAGED:
             raise ReportError(f"{path} is damaged: delete {folder}") from None
         if before != meta:
-            old, new = before["settings"] | before, meta["settings"] | meta
             changed = [k for k in new if k != "settings" and old.get(k) != new[k]]
             raise ReportError(
                 f"{folder} holds runs made with other options ({', '.join(changed)}): "
@@ -66,10 +69,15 @@ class Runs:
         if not path.exists():
             return None
         try:
-            rows = json.loads(path.read_text())
-            return [_record(row) for row in rows]
-        except (json.JSONDecodeError, TypeError, AttributeError, KeyError):
-            raise ReportError(f"{path} is damaged: delete it to run it again") from None
+            records = [_record(row) for row in json.loads(path.read_text())]
+        except (OSError, *_DAMAGED):
+            records = []
+        last = self.meta["settings"]["epochs"]
+        epochs = [record.epoch for record in records]
+        ends = records and (records[-1].diverged or epochs[-1] == last)
+        if not ends or epochs != list(range(1, len(epochs) + 1)):
+            raise ReportError(f"{path} is damaged: delete it to run it again")
+        return records
 
     def save(self, method: str, seed: int, records: list[Record]) -> None:
         """Keep a finished run."""
@@ -94,7 +102,7 @@ def _rows(run: list[Record]) -> list[dict]:
 
 def _record(row: dict) -> Record:
     """A record, with NaN where a run that diverged left no number."""
-    known: dict = {k: math.nan if x is None else x for k, x in row.items()}
+    known: dict = {k: math.nan if x is None else x + 0 for k, x in row.items()}
     return Record(**known | {k: row[k] for k in _MAY_BE_MISSING})
 
 
@@ -244,10 +252,8 @@ def picture(results: Results, data_name: str, path: pathlib.Path) -> None:
         right.legend(fontsize=8)
     else:
         right.text(0.5, 0.5, "no method with a damping in its state", ha="center")
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png", dpi=150)
+    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=150))
     plt.close(figure)
-    os.replace(part, path)
 
 
 def write_report(results: Results, runs: Runs) -> None:

@@ -26,7 +26,7 @@ except ModuleNotFoundError as missing:
 
 import jax
 
-from rmtdamp._cli import Parser, number
+from rmtdamp._cli import Parser, WriteError, number, write_whole
 from rmtdamp._types import Mode
 
 from ._measure import Report, measure
@@ -196,13 +196,6 @@ def problem(target: str) -> tuple:
     return (*found, None)[:4]
 
 
-def _write(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
-    """Whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
-
-
 def _measured(args, watch: Watch) -> Report:
     watch.stage(f"running {args.target}")
     loss_fn, params, batches, factors_fn = problem(args.target)
@@ -248,8 +241,8 @@ def _run(args) -> None:
     settings = {key: value for key, value in vars(args).items() if key != "out"}
     text = json.dumps({"settings": settings} | as_json(report), allow_nan=False) + "\n"
     figure = picture(report, args.target)
-    _write(args.out / "spectrum.json", lambda path: path.write_text(text))
-    _write(
+    write_whole(args.out / "spectrum.json", lambda path: path.write_text(text))
+    write_whole(
         args.out / "spectrum.png",
         lambda path: figure.savefig(path, format="png", dpi=130),
     )
@@ -266,7 +259,7 @@ def main(argv: list[str]) -> int:
     parser().parse_args(argv, args)
     try:
         _run(args)
-    except CommandError as error:
+    except (CommandError, WriteError) as error:
         print(f"rmtdamp: {error}", file=sys.stderr)  # noqa: T201
         return 2
     except KeyboardInterrupt:
