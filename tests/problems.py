@@ -1,6 +1,8 @@
 """Small problems with known answers, shared by the tests."""
 
+import contextlib
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -54,3 +56,17 @@ def dense_hessian(loss_fn, params, batch):
     """The Hessian as a (P, P) matrix, by JAX's own jax.hessian."""
     flat, unravel = jax.flatten_util.ravel_pytree(params)
     return jax.hessian(lambda x: loss_fn(unravel(x), batch))(flat)
+
+
+@contextlib.contextmanager
+def log_compilations():
+    """What JAX says of each program that it compiles meanwhile."""
+    found, handler, logger = [], logging.Handler(), logging.getLogger("jax")
+    finished = lambda log: "Finished XLA compilation" in log.getMessage()
+    handler.emit = lambda record: found.append(record) if finished(record) else None
+    logger.addHandler(handler)
+    try:
+        with jax.log_compiles():
+            yield found
+    finally:
+        logger.removeHandler(handler)

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optax._src.test_utils import log_compilations
-from problems import mlp, mlp_batch, mlp_loss
+from problems import log_compilations, mlp, mlp_batch, mlp_loss
 
 import rmtdamp
 from rmtdamp import (

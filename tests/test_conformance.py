@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optax._src.test_utils import log_compilations
+from problems import log_compilations
 
 import rmtdamp
 from rmtdamp.kronecker import ModelFactors, leaf_names, make_blocks

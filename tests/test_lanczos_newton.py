@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optax._src.test_utils import log_compilations
-from problems import quadratic_loss, symmetric
+from problems import log_compilations, quadratic_loss, symmetric
 
 from rmtdamp import (
     DampingLearner,

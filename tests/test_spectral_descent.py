@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optax._src.test_utils import log_compilations
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
-from problems import mlp, mlp_batch, mlp_loss
+from problems import log_compilations, mlp, mlp_batch, mlp_loss
 
 from rmtdamp import scale_by_spectral_descent as scale_by_spectral, spectral_descent
 from rmtdamp.transforms import DampingLearner, auto_damping, set_damping
