@@ -16,6 +16,7 @@ jax.config.update("jax_debug_key_reuse", True)
 
 # Compilation makes a first example slow; the examples are the same at every run.
 hypothesis.settings.register_profile("rmtdamp", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("nightly", deadline=None, max_examples=8000)
 hypothesis.settings.load_profile("rmtdamp")
 
 

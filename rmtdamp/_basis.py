@@ -130,7 +130,7 @@ def magnitude(vector: Params) -> jax.Array:
     """The largest magnitude of an element, or 1: what to divide by before squaring."""
     # The square of 1e25 is beyond float32, and that of 1e-25 below it.
     largest = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(vector)]
-    largest = functools.reduce(jnp.maximum, largest)
+    largest = functools.reduce(jnp.maximum, largest, 0.0)
     return jnp.where(largest > 0, largest, 1)
 
 

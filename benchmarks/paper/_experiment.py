@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 from benchmarks.shared import report
 from benchmarks.shared.claims import Check, by
 from benchmarks.shared.runs import Row, Run, perform
-from rmtdamp.demo._report import write
+from rmtdamp.demo._report import finite, write
 
 HERE = pathlib.Path(__file__).parent
 RESULTS, TEXTS = HERE / "results", HERE / "texts"
@@ -140,17 +139,7 @@ def record_of(experiment: Experiment, rows: list[Row]) -> Row:
         "runs": len(rows),
         "minutes": round(sum(row.get("seconds", 0) for row in rows) / 60, 1),
     }
-    return _finite(record)
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {name: _finite(x) for name, x in value.items()}
-    if isinstance(value, list):
-        return [_finite(x) for x in value]
-    value = value.item() if hasattr(value, "item") else value  # a NumPy scalar
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return finite(record)
 
 
 def verdict_of(checks: Sequence[Check]) -> str:

@@ -88,16 +88,22 @@ Results = dict[str, list[list[Record]]]  # method -> seed -> epoch
 _MAY_BE_MISSING = ("damping", "measured_variance")
 
 
+def finite(value: Any) -> Any:
+    """The same with None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {name: finite(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [finite(x) for x in value]
+    value = value.item() if hasattr(value, "item") else value  # a NumPy scalar
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _json(value: Any, **options) -> str:
-    return json.dumps(value, allow_nan=False, **options)
+    return json.dumps(finite(value), allow_nan=False, **options)
 
 
 def _rows(run: list[Record]) -> list[dict]:
-    """The records of a run, with None for what JSON has no number for."""
-    return [
-        {k: None if x is None or not math.isfinite(x) else x for k, x in r.items()}
-        for r in (record._asdict() for record in run)
-    ]
+    return [record._asdict() for record in run]
 
 
 def _record(row: dict) -> Record:

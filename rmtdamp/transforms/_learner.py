@@ -50,7 +50,8 @@ class DampingLearner:
             evaluation mode (no dropout, running averages) and without a loss scale; see
             `check_loss`.
         floor: delta*, the damping before the first measurement, added to what the rule
-            decides, in the unit of the damping.
+            decides, in the unit of the damping. At 0 the damping may be 0, and a
+            parameter whose gradient always was 0 then moves by 0/0.
         decay: weight of the past in the averages, in [0, 1).
         rule: what is known -> `Shrinkage`, see `rmtdamp.damping`: `identity_target`
             (eq. 15), `StabilityFloor`, `relative_target`, ..., or your own. What it

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import optax
 
@@ -178,7 +177,10 @@ def _looked_at(measurer, measured, context, *, within: bool) -> Callable:
             "steps (on a GPU or TPU this does not matter)",
             stacklevel=2,
         )
-    run = jax.extend.core.jaxpr_as_fun(jaxpr)
+    # Imported here, for it imports Pallas, which takes a twentieth of a second.
+    from jax.extend.core import jaxpr_as_fun
+
+    run = jaxpr_as_fun(jaxpr)
     return lambda: jax.tree.unflatten(jax.tree.structure(shape), run())
 
 
