@@ -589,7 +589,7 @@ def test_a_job_that_is_killed_at_any_moment_ends_with_the_same_numbers(
     seconds("first")  # compiles
     duration = seconds("whole")
     whole = contents(tmp_path / "whole" / "out")
-    assert len(whole) > 3
+    assert len(whole) >= 3
     rng, kills, ended = random.Random(0), 0, 0
     while kills < KILLS:
         job = start("killed")

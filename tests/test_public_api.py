@@ -8,6 +8,7 @@ import importlib
 import inspect
 import pathlib
 import pkgutil
+import re
 import subprocess
 import sys
 
@@ -91,6 +92,24 @@ def test_an_import_brings_nothing_heavy():
     heavy = {"flax", "matplotlib", "sklearn", "pooch", "rich", "jax.extend.pallas"}
     assert {"rmtdamp", "optax"} <= {*found}
     assert not heavy & {*found}
+
+
+def test_nothing_is_unpickled_and_nothing_is_fetched_unasked():
+    """One place fetches, `fetch` in the benchmarks' data."""
+    root = pathlib.Path(rmtdamp.__file__).parents[1]
+    text = {
+        path.relative_to(root).as_posix(): path.read_text()
+        for folder in ("rmtdamp", "benchmarks")
+        for path in (root / folder).rglob("*.py")
+    }
+    imported = lambda name: rf"^\s*(import|from) {name}\b"
+    using = lambda word: {x for x in text if re.search(word, text[x], re.MULTILINE)}
+    for word in ("pickle", "dill", "joblib", "shelve", "marshal"):
+        assert using(imported(word)) == set()
+    assert using(r"allow_pickle|\bnp\.load\b|(?<![.\w])(eval|exec)\(") == set()
+    assert using(imported("pooch")) == {"benchmarks/shared/data.py"}
+    for word in ("urllib", "requests", "socket", "http"):
+        assert using(imported(word)) == set()
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class Context(NamedTuple):
     params: Params
     batch: Batch  # what to measure on
     batch_size: Any  # examples of the training batch, whose noise is meant
-    loss_args: tuple = ()  # further arguments of the loss
+    loss_args: tuple[Any, ...] = ()  # further arguments of the loss
     grads: Params | None = None  # the updates that come in; None by hand without them
     previous_params: Params | None = None  # before the last step, where they are kept
 
@@ -208,7 +208,7 @@ def refresh_in_step(
     /,  # extra arguments of other transformations may have any name
     *,
     batch: Batch | None = None,
-    loss_args: tuple = (),
+    loss_args: tuple[Any, ...] = (),
     curvature_batch: Batch | None = None,
     **extra_args: Any,
 ) -> Any:
@@ -263,7 +263,7 @@ def refresh(
     batch: Batch,
     *,
     grads: Params | None = None,
-    loss_args: tuple = (),
+    loss_args: tuple[Any, ...] = (),
     curvature_batch: Batch | None = None,
 ) -> optax.OptState:
     """Measure now: by hand, between training steps.
