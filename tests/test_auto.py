@@ -329,6 +329,13 @@ def test_every_argument_of_auto_adam_reaches_its_part():
     chex.assert_trees_all_equal(get(state, "measured"), get(other, "measured"))
 
 
+def test_auto_adam_can_be_made_within_a_compiled_function():
+    def damping(rate):
+        return get(auto_adam(rate, mlp_loss).init(PARAMS), "damping")
+
+    np.testing.assert_allclose(jax.jit(damping)(1e-2), 1e-8)
+
+
 def test_learner_is_a_pytree_that_passes_through_jit():
     learner = DampingLearner(mlp_loss, floor=0.25)
     floor = jax.jit(lambda learner: learner.floor * 2)(learner)

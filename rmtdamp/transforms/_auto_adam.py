@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rmtdamp._types import LossFn
@@ -71,7 +71,7 @@ def auto_adam(
         Granziol and Baskerville, sections 7.3 and 8.
     """
     if not isinstance(learner, DampingLearner):
-        rule = StabilityFloor.for_adam(float(jnp.asarray(b1)))
+        rule = StabilityFloor.for_adam(float(np.asarray(b1)))
         learner = DampingLearner(learner, rule=rule, floor=1e-8)
     adam = scale_by_adam_shrinkage(b1, b2, form=form)
     return optax.chain(
