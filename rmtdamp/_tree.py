@@ -21,6 +21,12 @@ def leaf_names(params: Params) -> list[str]:
 
     Returns:
         One name per leaf.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.kronecker import leaf_names
+        >>> leaf_names({"dense": {"bias": jnp.zeros(3), "kernel": jnp.zeros((4, 3))}})
+        ['dense/bias', 'dense/kernel']
     """
     name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     paths = jax.tree_util.tree_leaves_with_path(params)

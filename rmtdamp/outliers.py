@@ -34,6 +34,18 @@ class Outliers(NamedTuple):
     """Eigenvectors of a batch Hessian and what is behind them, largest first.
 
     [H] is the unit of a Hessian eigenvalue.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.hessian import SplitHalfPairs
+        >>> from rmtdamp.outliers import outliers
+        >>> values = jnp.array([9.0, 1.0])
+        >>> agreements = jnp.array([0.9, 0.0])
+        >>> found = outliers(
+        ...     SplitHalfPairs(values, jnp.eye(2, 500), jnp.zeros(2), agreements, 40)
+        ... )
+        >>> print(found.is_outlier)
+        [ True False]
     """
 
     eigenvalues: jax.Array  # (k,), lambda as seen on the batch, in [H]

@@ -101,7 +101,15 @@ def gaussian_kl(
 
 
 class Gaussian(NamedTuple):
-    """A layer's posterior around its weights, and what it costs."""
+    """A layer's posterior around its weights, and what it costs.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.pac_bayes import best_gaussian
+        >>> found = best_gaussian(jnp.array([0.0, 9.0]), 0.2, 100, [0.1])
+        >>> print(f"{found.prior_variance:.1f} {found.kl:.2f}")
+        0.1 2.76
+    """
 
     variances: jax.Array  # like the eigenvalues, s
     prior_variance: jax.Array  # (), lambda

@@ -28,7 +28,14 @@ _TRACY_WIDOM_QUANTILES = {0.9: 0.4501, 0.95: 0.9793, 0.99: 2.0234, 0.999: 3.2724
 
 
 class Edges(NamedTuple):
-    """Where the continuous part of a spectrum begins and ends."""
+    """Where the continuous part of a spectrum begins and ends.
+
+    Example:
+        >>> from rmtdamp.rmt import marchenko_pastur_edges
+        >>> edges = marchenko_pastur_edges(0.25, 1.0)
+        >>> print(f"{edges.lower:.2f} {edges.upper:.2f}")
+        0.25 2.25
+    """
 
     lower: jax.Array
     upper: jax.Array

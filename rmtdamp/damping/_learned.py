@@ -25,6 +25,13 @@ class Probe(NamedTuple):
     """A power iteration on (B + delta)^-1 H, between its two halves.
 
     Scalars, or with labels an entry for each part of the vector.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.damping import initial_damping
+        >>> learned = initial_damping(1e-3, "float32", probe=jnp.array([1.0, 0.0]))
+        >>> bool(learned.probe.waits)
+        False
     """
 
     vector: Params  # parts of unit norm: v, or its product H v / ||H v|| that waits
@@ -44,6 +51,16 @@ class LearnedDamping(NamedTuple):
     (labels,), in the order of `DampingLearner.label_names`. Field names are
     distinctive, so that `optax.tree.get(opt_state, "damping")` finds each of them in
     any chain.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, rmtdamp
+        >>> tx = rmtdamp.auto_adam(1e-2, lambda params, batch: jnp.mean(batch @ params))
+        >>> state = tx.init(jnp.zeros(4))
+        >>> print(
+        ...     optax.tree.get(state, "last_refresh"),
+        ...     f"{state[0].measured.damping:.0e}",
+        ... )
+        -1 1e-08
     """
 
     damping: jax.Array  # delta in force
@@ -99,7 +116,17 @@ def initial_damping(
     eigenvector: Params = None,
     probe: Params = None,
 ) -> LearnedDamping:
-    """Before any measurement: `damping` in force, towards 1."""
+    """Before any measurement: `damping` in force, towards 1.
+
+    Returns:
+        The state, with NaN for what nobody has measured.
+
+    Example:
+        >>> from rmtdamp.damping import initial_damping
+        >>> learned = initial_damping(0.5, "float32")
+        >>> print(learned.damping, learned.measured_variance, learned.refresh_attempts)
+        0.5 nan 0
+    """
     # Copies, one per field: a training step may donate the state, which deletes its
     # buffers and refuses to see one of them twice.
     number = lambda x: jnp.full(shape, jnp.array(x, dtype, copy=True))
@@ -210,6 +237,26 @@ def learn_damping(
 
     Returns:
         The state after it, in the same dtypes.
+
+    Example:
+        >>> from rmtdamp import identity_target
+        >>> from rmtdamp.damping import initial_damping, learn_damping
+        >>> from rmtdamp.hessian import HessianMoments
+        >>> learned, options = (
+        ...     initial_damping(0.5, "float32"),
+        ...     {"decay": 0.75, "floor": 0.5},
+        ... )
+        >>> for step, m in enumerate((1.0, 2.0)):
+        ...     learned = learn_damping(
+        ...         learned,
+        ...         HessianMoments(0.0, 1.0, m),
+        ...         step,
+        ...         rule=identity_target,
+        ...         min_shrinkage=0.01,
+        ...         **options,
+        ...     )
+        >>> print(learned.damping)
+        1.75
     """
     like = lambda new, old: jnp.asarray(new).astype(old.dtype)
     usable = jnp.asarray(True)
@@ -335,6 +382,23 @@ def decide_damping(
 
     Returns:
         The state with the damping in force: the one before where the rule finds none.
+
+    Example:
+        >>> from rmtdamp.damping import (
+        ...     Evidence,
+        ...     GradientNorm,
+        ...     decide_damping,
+        ...     initial_damping,
+        ... )
+        >>> learned = decide_damping(
+        ...     initial_damping(0.5, "float32"),
+        ...     Evidence(gradient_norm=8.0),
+        ...     rule=GradientNorm(0.5),
+        ...     floor=0.5,
+        ...     min_shrinkage=0.01,
+        ... )
+        >>> print(learned.damping)
+        2.5
     """
     options = {"floor": floor, "min_shrinkage": min_shrinkage}
     return _decided(learned, known, jnp.asarray(True), rule=rule, **options)[0]
@@ -366,6 +430,14 @@ def settle_probe(
     Returns:
         The state with the eigenvalue in it. The same if no product waits, or where D is
         not finite and positive.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.damping import initial_damping, settle_probe
+        >>> learned = initial_damping(1.0, "float32", probe=jnp.array([1.0, 0.0]))
+        >>> same = settle_probe(learned, lambda x: x / 2)  # no product waits
+        >>> print(same.effective_eigenvalue)
+        nan
     """
 
     def settled(learned):

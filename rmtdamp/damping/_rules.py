@@ -21,6 +21,12 @@ class Evidence(NamedTuple):
 
     The first three are averaged over measurements, as in `HessianMoments`, whose place
     it can take. [H]: the unit of a Hessian eigenvalue.
+
+    Example:
+        >>> from rmtdamp.damping import Evidence
+        >>> known = Evidence(mean=0.1, square=0.26, learning_rate=1e-3)
+        >>> print(f"{known.dispersion:.2f} {known.max_eigenvalue}")
+        0.25 nan
     """
 
     mean: Any = jnp.nan  # (), nu = P^-1 Tr H, in [H]
@@ -86,18 +92,47 @@ def needs(*names: str) -> Callable[[Callable], Callable]:
 
 
 def needs_of(rule: DampingRule) -> frozenset[str]:
-    """What a rule needs to be told, see `needs`."""
+    """What a rule needs to be told, see `needs`.
+
+    Returns:
+        The names; those of a rule that says nothing are the moments.
+
+    Example:
+        >>> from rmtdamp.damping import LargestFraction, identity_target, needs_of
+        >>> sorted(needs_of(identity_target)), sorted(needs_of(LargestFraction()))
+        (['moments'], ['max_eigenvalue'])
+    """
     return getattr(rule, "needs", frozenset({"moments"}))
 
 
 def decides_in_the_step(rule: DampingRule) -> bool:
-    """Whether a rule is asked in each step; one that is told moments alone is not."""
+    """Whether a rule is asked in each step; one that is told moments alone is not.
+
+    Returns:
+        A bool.
+
+    Example:
+        >>> from rmtdamp import StabilityFloor, identity_target
+        >>> from rmtdamp.damping import decides_in_the_step
+        >>> decides_in_the_step(identity_target), decides_in_the_step(StabilityFloor())
+        (False, True)
+    """
     needed = needs_of(rule)
     return not needed or not needed <= MEASURED
 
 
 def is_relative(rule: DampingRule) -> bool:
-    """Whether a rule decides on a `Shrinkage.relative`; it is asked, of nothing."""
+    """Whether a rule decides on a `Shrinkage.relative`; it is asked, of nothing.
+
+    Returns:
+        A bool.
+
+    Example:
+        >>> from rmtdamp import identity_target
+        >>> from rmtdamp.damping import MeanFraction, is_relative
+        >>> is_relative(identity_target), is_relative(MeanFraction())
+        (False, True)
+    """
     found: list[Any] = []
     jax.eval_shape(lambda: found.append(rule(Evidence())))
     relative = getattr(found[0], "relative", 0.0)

@@ -12,6 +12,11 @@ class Shrinkage(NamedTuple):
     `scaled_identity_target`; for `identity_target` the target is the number 1. To them
     comes what has no unit: a transformation with preconditioner B adds `relative` times
     the mean eigenvalue of B.
+
+    Example:
+        >>> from rmtdamp import Shrinkage
+        >>> Shrinkage(damping=0.25, target=1.0).intensity
+        0.8
     """
 
     damping: jax.Array | float  # (), delta

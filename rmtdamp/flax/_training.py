@@ -123,6 +123,13 @@ def loss_args(model: nnx.Module, *, wrt: Any = nnx.Param) -> tuple[nnx.State]:
 
     Returns:
         A tuple with one element, the state without them.
+
+    Example:
+        >>> from flax import nnx
+        >>> from rmtdamp.flax import loss_args
+        >>> (state,) = loss_args(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+        >>> sorted(state)
+        ['mean', 'var']
     """
     return (nnx.state(model, nnx.Not(wrt)),)
 
@@ -151,6 +158,21 @@ def refresh(
     Raises:
         ValueError: none or several such states in the optimizer, or a bad batch.
         TypeError: `measurer` is none, a loss that is not a scalar.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from flax import nnx
+        >>> import rmtdamp, rmtdamp.flax
+        >>> def model_loss(model, batch):
+        ...     return jnp.mean((model(batch) - 1.0) ** 2)
+        >>> model, batch = nnx.Linear(3, 1, rngs=nnx.Rngs(0)), jnp.ones((16, 3))
+        >>> loss_fn = rmtdamp.flax.curvature_loss(model, model_loss)
+        >>> learner = rmtdamp.DampingLearner(loss_fn)
+        >>> tx = rmtdamp.auto_adam(1e-2, learner, refresh_every=None)
+        >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        >>> rmtdamp.flax.refresh(optimizer, learner, model, batch)
+        >>> print(optax.tree.get(nnx.as_pure(optimizer.opt_state), "refresh_attempts"))
+        1
     """
     refreshed = rmtdamp.refresh(
         nnx.as_pure(optimizer.opt_state),

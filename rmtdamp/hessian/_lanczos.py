@@ -41,7 +41,16 @@ _PASSES = {"none": 0, "full": 1, "twice": 2}
 
 
 class EigenPairs(NamedTuple):
-    """Eigenvalues in the order asked for, with vectors and residuals."""
+    """Eigenvalues in the order asked for, with vectors and residuals.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from rmtdamp.hessian import eigsh
+        >>> diagonal = jnp.array([1.0, -5.0, 3.0])
+        >>> pairs = eigsh(lambda v: diagonal * v, diagonal, jax.random.key(0), k=3)
+        >>> print([f"{x:.1f}" for x in pairs.leading(2, "LM").eigenvalues])
+        ['-5.0', '3.0']
+    """
 
     eigenvalues: jax.Array  # (k,), theta
     eigenvectors: Params  # leading axis k, x of unit norm
@@ -77,7 +86,16 @@ def wanted_first(values: Any, which: Which) -> Any:
 
 
 class Tridiagonal(NamedTuple):
-    """What Lanczos' iteration gives: A Q = Q T + residual e_last^T."""
+    """What Lanczos' iteration gives: A Q = Q T + residual e_last^T.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.hessian import lanczos
+        >>> found = lanczos(lambda v: jnp.array([1.0, 3.0]) * v, jnp.ones(2), 2)
+        >>> values, shares = found.ritz()
+        >>> print([f"{x:.1f}" for x in values], [f"{x:.1f}" for x in shares])
+        ['1.0', '3.0'] ['0.5', '0.5']
+    """
 
     diagonal: jax.Array  # (num_steps,), alpha; 0 after breakdown
     off_diagonal: jax.Array  # (num_steps - 1,), beta; 0 after breakdown

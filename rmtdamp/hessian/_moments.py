@@ -49,6 +49,12 @@ class HessianMoments(NamedTuple):
     With labels all but the loss have shape (labels,) and are sums over a label's rows
     of the Hessian, divided by its number of parameters. Units: with [H] the unit of a
     Hessian eigenvalue, `mean` is in [H], `square` and `variance` in [H]^2.
+
+    Example:
+        >>> from rmtdamp.hessian import HessianMoments
+        >>> found = HessianMoments(mean=0.1, square=0.26, variance=0.02)
+        >>> print(f"{found.dispersion:.2f}")
+        0.25
     """
 
     mean: jax.Array  # (), nu = P^-1 Tr H of the expected Hessian

@@ -20,7 +20,17 @@ from ._apply import multiply
 
 
 class Eigenvalue(NamedTuple):
-    """An eigenvalue estimate, its residual, and its unit vector."""
+    """An eigenvalue estimate, its residual, and its unit vector.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from rmtdamp.hessian import largest_eigenvalue
+        >>> diagonal = jnp.array([1.0, 2.0, 8.0])
+        >>> key = jax.random.key(0)
+        >>> found = largest_eigenvalue(lambda v: diagonal * v, diagonal, key)
+        >>> print(f"{found.value:.2f} {jnp.abs(found.vector[2]):.2f}")
+        8.00 1.00
+    """
 
     value: jax.Array  # (), Rayleigh quotient theta
     residual: jax.Array  # (), ||M x - theta x||: an eigenvalue lies this near to theta

@@ -24,7 +24,15 @@ from ._lanczos import Reorthogonalization, check_options, iterate, ritz
 
 
 class SpectralDensity(NamedTuple):
-    """Weighted points that stand for the spectrum, a row per probe."""
+    """Weighted points that stand for the spectrum, a row per probe.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.hessian import SpectralDensity
+        >>> spectrum = SpectralDensity.from_eigenvalues(jnp.array([1.0, 3.0]))
+        >>> print(*spectrum.moment(1), *spectrum.moment(2))
+        2.0 0.0 5.0 0.0
+    """
 
     nodes: jax.Array  # (num_probes, num_steps), in the unit of an eigenvalue
     weights: jax.Array  # (num_probes, num_steps), each row sums to 1

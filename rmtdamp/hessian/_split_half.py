@@ -22,7 +22,20 @@ from ._lanczos import EigenPairs
 
 
 class SplitHalfPairs(NamedTuple):
-    """Eigenpairs of a batch, and what its halves say of each. [H]: of an eigenvalue."""
+    """Eigenpairs of a batch, and what its halves say of each. [H]: of an eigenvalue.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from rmtdamp.hessian import split_half_eigsh
+        >>> matvec = lambda v: jnp.linspace(0.0, 4.0, 20) * v
+        >>> pairs = split_half_eigsh(
+        ...     matvec, matvec, jnp.zeros(20), jax.random.key(0), k=1
+        ... )
+        >>> print(
+        ...     f"{pairs.eigenvalues[0]:.2f} {pairs.agreements[0]:.2f}"
+        ... )  # equal halves
+        4.00 1.00
+    """
 
     eigenvalues: jax.Array  # (k,), lambda of the whole batch, in [H]
     eigenvectors: Params  # leading axis k, u of unit norm

@@ -41,7 +41,14 @@ _ALL = ("hutchinson", "hutch++", "xtrace")
 
 
 class Estimate(NamedTuple):
-    """A random estimate and the standard error that its probes, not rounding, make."""
+    """A random estimate and the standard error that its probes, not rounding, make.
+
+    Example:
+        >>> from rmtdamp.hessian import Estimate
+        >>> found = Estimate(value=3.0, stderr=0.5)
+        >>> print(f"{found.value} ± {found.stderr}")
+        3.0 ± 0.5
+    """
 
     value: Params  # (), or a pytree of the shapes of params
     stderr: Params  # like value; NaN where it cannot be known

@@ -18,7 +18,16 @@ from rmtdamp._types import Params
 
 
 class Block(NamedTuple):
-    """The leaves of the params that one block of the curvature covers. Static."""
+    """The leaves of the params that one block of the curvature covers. Static.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.kronecker import make_blocks
+        >>> params = {"b": jnp.zeros(3), "w": jnp.ones((4, 3))}
+        >>> (block,) = make_blocks(params, {"layer": {"kernel": "w", "bias": "b"}})
+        >>> block.rows, block.columns
+        (5, 3)
+    """
 
     name: str  # of the layer or leaf
     leaves: tuple[int, ...]  # places in jax.tree.leaves(params): kernel, bias; or one
@@ -132,7 +141,19 @@ def block_table(blocks: tuple[Block, ...]) -> str:
 
 
 def to_matrix(block: Block, leaves: list[jax.Array]) -> jax.Array:
-    """Kernel and bias of a layer as (groups, rows, columns)."""
+    """Kernel and bias of a layer as (groups, rows, columns).
+
+    Returns:
+        The matrix, a group each; the bias is the last row.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.kronecker import make_blocks, to_matrix
+        >>> params = {"b": jnp.zeros(3), "w": jnp.ones((4, 3))}
+        >>> (block,) = make_blocks(params, {"layer": {"kernel": "w", "bias": "b"}})
+        >>> print(to_matrix(block, [params["w"], params["b"]])[0, :, 0])
+        [1. 1. 1. 1. 0.]
+    """
     kernel, *bias = [
         jnp.reshape(leaf, (-1, block.groups, block.columns)) for leaf in leaves
     ]
@@ -140,7 +161,20 @@ def to_matrix(block: Block, leaves: list[jax.Array]) -> jax.Array:
 
 
 def from_matrix(block: Block, matrix: jax.Array) -> list[jax.Array]:
-    """Kernel and bias of a layer, from (groups, rows, columns)."""
+    """Kernel and bias of a layer, from (groups, rows, columns).
+
+    Returns:
+        One or two arrays, of the shapes of the leaves.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.kronecker import from_matrix, make_blocks
+        >>> params = {"b": jnp.zeros(3), "w": jnp.ones((4, 3))}
+        >>> (block,) = make_blocks(params, {"layer": {"kernel": "w", "bias": "b"}})
+        >>> kernel, bias = from_matrix(block, jnp.ones((1, 5, 3)))
+        >>> kernel.shape, bias.shape
+        ((4, 3), (3,))
+    """
     bias = len(block.leaves) - 1
     matrix = jnp.swapaxes(matrix, 0, 1)
     parts = [matrix[: block.rows - bias], matrix[block.rows - bias :]]

@@ -21,21 +21,50 @@ Sharing = Literal["expand", "reduce"]
 
 
 class LayerRecord(NamedTuple):
-    """What a layer saw of a batch; each g is that of one example's own loss."""
+    """What a layer saw of a batch; each g is that of one example's own loss.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.kronecker import LayerRecord
+        >>> record = LayerRecord(
+        ...     2 * jnp.ones((8, 1, 1, 1)), 3 * jnp.ones((1, 8, 1, 1, 1))
+        ... )
+        >>> print(
+        ...     len(record.inputs), "examples,", len(record.gradients), "gradient each"
+        ... )
+        8 examples, 1 gradient each
+    """
 
     inputs: jax.Array  # (N, T, groups, rows), with the 1 of the bias
     gradients: jax.Array  # (C, N, T, groups, columns)
 
 
 class KroneckerFactors(NamedTuple):
-    """The two factors of a layer's block."""
+    """The two factors of a layer's block.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.kronecker import KroneckerFactors
+        >>> factors = KroneckerFactors(2 * jnp.eye(2)[None], 3 * jnp.eye(4)[None])
+        >>> print(jnp.kron(factors.inputs[0], factors.outputs[0])[0, 0])
+        6.0
+    """
 
     inputs: jax.Array  # (groups, rows, rows), A
     outputs: jax.Array  # (groups, columns, columns), G
 
 
 class Eigenbasis(NamedTuple):
-    """Eigenvectors, as columns, and eigenvalues of both factors, clipped at 0."""
+    """Eigenvectors, as columns, and eigenvalues of both factors, clipped at 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.kronecker import KroneckerFactors, eigenbasis
+        >>> factors = KroneckerFactors(2 * jnp.eye(2)[None], 3 * jnp.eye(4)[None])
+        >>> basis = eigenbasis(factors)  # one group: two rows, four columns
+        >>> basis.input_values.shape, basis.output_values.shape
+        ((1, 2), (1, 4))
+    """
 
     inputs: jax.Array  # (groups, rows, rows), Q_A
     outputs: jax.Array  # (groups, columns, columns), Q_G
@@ -44,7 +73,25 @@ class Eigenbasis(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """The curvature of all params, block by block."""
+    """The curvature of all params, block by block.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from rmtdamp.kronecker import ModelFactors, make_blocks
+        >>> params = {"w": jnp.ones((4, 3))}
+        >>> factors_fn = ModelFactors(
+        ...     model_fn=lambda params, x, tape: tape.linear(
+        ...         "layer", x, x @ params["w"]
+        ...     ),
+        ...     criterion=lambda outputs, targets: jnp.mean((outputs - targets) ** 2),
+        ...     blocks=make_blocks(params, {"layer": {"kernel": "w"}}),
+        ...     fisher="ggn",
+        ... )
+        >>> batch = jnp.eye(4), jnp.ones((4, 3))
+        >>> factors = factors_fn(params, batch, jax.random.key(0))
+        >>> len(factors.kronecker), len(factors.diagonal)
+        (1, 0)
+    """
 
     kronecker: tuple[KroneckerFactors, ...]  # per Kronecker block, in order
     diagonal: tuple[jax.Array, ...]  # per diagonal block, shaped like its leaf
@@ -113,7 +160,19 @@ def kronecker_factors(record: LayerRecord) -> KroneckerFactors:
 
 
 def eigenbasis(factors: KroneckerFactors) -> Eigenbasis:
-    """Eigendecomposition of both factors; rounding below 0 is cut."""
+    """Eigendecomposition of both factors; rounding below 0 is cut.
+
+    Returns:
+        `Eigenbasis`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.kronecker import KroneckerFactors, eigenbasis
+        >>> factors = KroneckerFactors(2 * jnp.eye(2)[None], 3 * jnp.eye(4)[None])
+        >>> basis = eigenbasis(factors)
+        >>> print(basis.input_values, basis.output_values)
+        [[2. 2.]] [[3. 3. 3. 3.]]
+    """
     input_values, inputs = jnp.linalg.eigh(factors.inputs)
     output_values, outputs = jnp.linalg.eigh(factors.outputs)
     clip = lambda values: jnp.maximum(values, 0)
@@ -130,6 +189,21 @@ def second_moments(record: LayerRecord, basis: Eigenbasis) -> jax.Array:
     Returns:
         (groups, rows, columns): mean over examples of the squared entries of
         Q_A^T (sum over places of a g^T) Q_G, summed over the C gradients.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.kronecker import (
+        ...     KroneckerFactors,
+        ...     LayerRecord,
+        ...     eigenbasis,
+        ...     second_moments,
+        ... )
+        >>> record = LayerRecord(
+        ...     2 * jnp.ones((8, 1, 1, 1)), 3 * jnp.ones((1, 8, 1, 1, 1))
+        ... )
+        >>> one = jnp.ones((1, 1, 1))
+        >>> print(second_moments(record, eigenbasis(KroneckerFactors(one, one))))
+        [[[36.]]]
 
     References:
         George, Laurent, Bouthillier, Ballas and Vincent, Fast approximate natural

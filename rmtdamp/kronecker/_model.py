@@ -35,6 +35,19 @@ class FactorsFn(Protocol):
     """What KFAC needs to know of a model; `ModelFactors` is one, write others freely.
 
     Hashable, as it is a static argument of compiled functions; make it once.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.kronecker import Factors, make_blocks
+        >>> class OneEverywhere:
+        ...     "Curvature one for each entry of a vector."
+        ...
+        ...     blocks = make_blocks(jnp.zeros(3), {})
+        ...
+        ...     def __call__(self, params, batch, key, *loss_args):
+        ...         return Factors((), (jnp.ones(3),))
+        >>> OneEverywhere().blocks[0].leaves
+        (0,)
     """
 
     @property

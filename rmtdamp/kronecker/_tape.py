@@ -15,6 +15,14 @@ class Tape:
     """Keeps the inputs of layers while a model runs, and taps their outputs.
 
     `linear` and `convolution` return the outputs, which the model must go on with.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.kronecker import Tape
+        >>> tape, inputs, kernel = Tape(), jnp.ones((8, 4)), jnp.ones((4, 3))
+        >>> outputs = tape.linear("layer", inputs, inputs @ kernel)
+        >>> outputs.shape, list(tape.calls)
+        ((8, 3), ['layer'])
     """
 
     def __init__(

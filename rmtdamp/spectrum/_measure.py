@@ -56,7 +56,14 @@ _TOL = 1e-3
 
 
 class LayerOverlap(NamedTuple):
-    """How much of a layer's sharp space its Kronecker factors show."""
+    """How much of a layer's sharp space its Kronecker factors show.
+
+    Example:
+        >>> from rmtdamp.spectrum import LayerOverlap
+        >>> found = LayerOverlap(k=9, overlap=0.6, random=9 / 650)
+        >>> print(f"{found.overlap:.0%} against {found.random:.0%} by chance")
+        60% against 1% by chance
+    """
 
     k: int  # the dimensions of either space
     overlap: float  # k^-1 ||U^T V||_F^2, in [0, 1]
@@ -67,6 +74,16 @@ class Report(NamedTuple):
     """What was measured; [H] is the unit of a Hessian eigenvalue.
 
     With `batch_only` the first batch stands for the data set everywhere.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from rmtdamp.spectrum import measure
+        >>> def loss_fn(params, batch):
+        ...     return jnp.mean((batch @ params) ** 2) / 2
+        >>> data = jax.random.normal(jax.random.key(0), (2, 64, 8))
+        >>> report = measure(loss_fn, jnp.ones(8), list(data), jax.random.key(1))
+        >>> report.num_parameters, report.num_batches, report.batch_size
+        (8, 2, 64)
     """
 
     num_parameters: int  # P

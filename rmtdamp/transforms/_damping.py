@@ -33,7 +33,19 @@ from ._optimiser import is_one
 
 
 class AutoDampingState(NamedTuple):
-    """State of `auto_damping`."""
+    """State of `auto_damping`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import rmtdamp
+        >>> learner = rmtdamp.DampingLearner(
+        ...     lambda w, batch: jnp.mean(batch @ w), floor=0.5
+        ... )
+        >>> tx = rmtdamp.auto_damping(rmtdamp.scale_by_adam_shrinkage(), learner)
+        >>> state = tx.init(jnp.zeros(4))
+        >>> print(state.count, state.measured.damping)
+        0 0.5
+    """
 
     count: Any  # (), int32, steps taken
     measured: LearnedDamping  # changes when the damping is refreshed
@@ -42,7 +54,15 @@ class AutoDampingState(NamedTuple):
 
 
 class SetDampingState(NamedTuple):
-    """State of `set_damping`."""
+    """State of `set_damping`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import rmtdamp
+        >>> tx = rmtdamp.set_damping(rmtdamp.scale_by_adam_shrinkage(), 0.5)
+        >>> print(tx.init(jnp.zeros(4)).damping)
+        0.5
+    """
 
     count: Any  # (), int32, steps taken
     damping: Any  # delta that the last step used, () or a tree of them

@@ -40,7 +40,24 @@ class DampedInverses(NamedTuple):
 
 
 class ScaleByKFACState(NamedTuple):
-    """State of `scale_by_kfac`."""
+    """State of `scale_by_kfac`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import rmtdamp
+        >>> from rmtdamp.kronecker import ModelFactors, make_blocks
+        >>> params = {"w": jnp.ones((4, 3))}
+        >>> factors_fn = ModelFactors(
+        ...     model_fn=lambda params, x, tape: tape.linear(
+        ...         "layer", x, x @ params["w"]
+        ...     ),
+        ...     criterion=lambda outputs, targets: jnp.mean((outputs - targets) ** 2),
+        ...     blocks=make_blocks(params, {"layer": {"kernel": "w"}}),
+        ...     fisher="ggn",
+        ... )
+        >>> print(rmtdamp.scale_by_kfac(factors_fn, damping=0.1).init(params).count)
+        0
+    """
 
     count: Any  # (), int32, steps taken
     measured: KroneckerState  # changes when the factors are measured

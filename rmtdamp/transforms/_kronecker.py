@@ -26,7 +26,25 @@ from ._measurer import Context, is_due, with_numbers
 
 
 class KroneckerState(NamedTuple):
-    """What a `KroneckerMeasurer` knows; factors are in float32 or wider."""
+    """What a `KroneckerMeasurer` knows; factors are in float32 or wider.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import rmtdamp
+        >>> from rmtdamp.kronecker import ModelFactors, make_blocks
+        >>> params = {"w": jnp.ones((4, 3))}
+        >>> factors_fn = ModelFactors(
+        ...     model_fn=lambda params, x, tape: tape.linear(
+        ...         "layer", x, x @ params["w"]
+        ...     ),
+        ...     criterion=lambda outputs, targets: jnp.mean((outputs - targets) ** 2),
+        ...     blocks=make_blocks(params, {"layer": {"kernel": "w"}}),
+        ...     fisher="ggn",
+        ... )
+        >>> measured = rmtdamp.KroneckerMeasurer(factors_fn).init(params)
+        >>> measured.factors[0].inputs.shape
+        (1, 4, 4)
+    """
 
     # every measurement
     factors: tuple[KroneckerFactors, ...]  # per Kronecker block, averaged
@@ -79,6 +97,24 @@ class KroneckerMeasurer:
     Raises:
         ValueError: a number out of its range.
         TypeError: `factors_fn` is something else.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import rmtdamp
+        >>> from rmtdamp.kronecker import ModelFactors, make_blocks
+        >>> params = {"w": jnp.ones((4, 3))}
+        >>> factors_fn = ModelFactors(
+        ...     model_fn=lambda params, x, tape: tape.linear(
+        ...         "layer", x, x @ params["w"]
+        ...     ),
+        ...     criterion=lambda outputs, targets: jnp.mean((outputs - targets) ** 2),
+        ...     blocks=make_blocks(params, {"layer": {"kernel": "w"}}),
+        ...     fisher="ggn",
+        ... )
+        >>> measurer = rmtdamp.KroneckerMeasurer(factors_fn)
+        >>> tx = rmtdamp.kfac(0.1, measurer, damping=0.1)
+        >>> batch = jnp.eye(4), jnp.ones((4, 3))
+        >>> state = rmtdamp.refresh(tx.init(params), measurer, params, batch)
 
     References:
         Martens and Grosse, Optimizing neural networks with Kronecker-factored

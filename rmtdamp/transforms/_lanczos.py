@@ -23,7 +23,18 @@ from ._ritz import RitzMeasurer, RitzSubspace
 
 
 class ScaleByLanczosState(NamedTuple):
-    """State of `scale_by_lanczos`."""
+    """State of `scale_by_lanczos`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import rmtdamp
+        >>> def loss_fn(params, batch):
+        ...     return jnp.mean((batch @ params) ** 2)
+        >>> measurer = rmtdamp.RitzMeasurer(loss_fn, num_steps=2)
+        >>> state = rmtdamp.scale_by_lanczos(measurer, damping=0.1).init(jnp.ones(4))
+        >>> print(state.count, state.measured.ritz_values.shape)
+        0 (2,)
+    """
 
     count: Any  # (), int32, steps taken
     measured: RitzSubspace  # changes when it is refreshed

@@ -85,6 +85,15 @@ class DampingLearner:
         ValueError: a number out of its range; from `init`, labels that are no prefix of
             params.
         TypeError: `loss_fn` or `rule` is not callable.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import rmtdamp
+        >>> def loss_fn(params, batch):
+        ...     return jnp.mean((batch @ params) ** 2)
+        >>> learner = rmtdamp.DampingLearner(loss_fn, rule=rmtdamp.StabilityFloor())
+        >>> sorted(learner.rule.needs)
+        ['learning_rate', 'max_eigenvalue']
     """
 
     state_type: ClassVar[type] = LearnedDamping

@@ -34,6 +34,18 @@ def with_numbers(*names: str) -> Callable[[type[T]], type[T]]:
 
     Returns:
         The decorator.
+
+    Example:
+        >>> import dataclasses
+        >>> import jax
+        >>> from rmtdamp.transforms import with_numbers
+        >>> @with_numbers("scale")
+        ... @dataclasses.dataclass(frozen=True)
+        ... class Settings:
+        ...     scale: float
+        ...     mode: str = "mean"
+        >>> jax.tree.leaves(Settings(2.0))
+        [2.0]
     """
 
     def register(cls: Any) -> Any:
@@ -44,7 +56,17 @@ def with_numbers(*names: str) -> Callable[[type[T]], type[T]]:
 
 
 class Context(NamedTuple):
-    """What a training step shows to a measurer."""
+    """What a training step shows to a measurer.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.transforms import Context
+        >>> context = Context(
+        ...     step=0, params=jnp.ones(2), batch=jnp.eye(2), batch_size=2
+        ... )
+        >>> context.loss_args
+        ()
+    """
 
     step: Any  # (), int32, steps taken before this one
     params: Params
@@ -60,6 +82,18 @@ class Measurer(Protocol):
 
     `jax.tree_util.register_static` makes a pytree of it, `with_numbers` one whose
     numbers may be traced.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import rmtdamp
+        >>> from rmtdamp.transforms import Measurer
+        >>> def state_of(measurer: Measurer, params):
+        ...     return type(measurer.init(params)).__name__
+        >>> learner = rmtdamp.DampingLearner(
+        ...     lambda params, batch: jnp.mean(batch @ params)
+        ... )
+        >>> state_of(learner, jnp.ones(2))
+        'LearnedDamping'
     """
 
     state_type: ClassVar[type]  # of what `init` and `refresh` return, its own alone
@@ -236,6 +270,20 @@ def refresh_in_step(
     Raises:
         ValueError: params or batch missing, params with holes, a bad batch.
         TypeError: params that are not real floats, `loss_args` that are no tuple.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import rmtdamp
+        >>> from rmtdamp.transforms import AutoDampingState, refresh_in_step
+        >>> def loss_fn(params, batch):
+        ...     return jnp.mean((batch @ params) ** 2)
+        >>> params, batch = jnp.ones(2), jnp.eye(2)
+        >>> learner = rmtdamp.DampingLearner(loss_fn)
+        >>> tx = rmtdamp.auto_damping(rmtdamp.scale_by_adam_shrinkage(), learner)
+        >>> grads = jax.grad(loss_fn)(params, batch)
+        >>> at = learner, 100, tx.init(params), grads, params
+        >>> print(refresh_in_step("mine", *at, batch=batch).refresh_attempts)
+        1
     """
     del extra_args
     if refresh_every is None or not jax.tree.leaves(updates):

@@ -22,7 +22,17 @@ Cleaning = Literal["rotationally_invariant"]
 
 
 class RitzSubspace(NamedTuple):
-    """What a `RitzMeasurer` knows; m = min(num_steps, P)."""
+    """What a `RitzMeasurer` knows; m = min(num_steps, P).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import rmtdamp
+        >>> def loss_fn(params, batch):
+        ...     return jnp.mean((batch @ params) ** 2)
+        >>> measurer = rmtdamp.RitzMeasurer(loss_fn, num_steps=2)
+        >>> measurer.init(jnp.ones(4)).ritz_values.shape
+        (2,)
+    """
 
     ritz_values: jax.Array  # (m,), ascending, as measured
     cleaned_ritz_values: jax.Array  # (m,), those in use; the same without cleaning
@@ -87,6 +97,16 @@ class RitzMeasurer:
         ValueError: a number out of its range, an unknown option, a cleaning without
             what it needs.
         TypeError: `loss_fn` is not callable.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import rmtdamp
+        >>> def loss_fn(params, batch):
+        ...     return jnp.mean((batch @ params) ** 2)
+        >>> measurer = rmtdamp.RitzMeasurer(loss_fn, num_steps=2)
+        >>> tx = rmtdamp.lanczos_newton(0.1, measurer, damping=0.1)
+        >>> params, batch = jnp.ones(4), jnp.eye(4)
+        >>> state = rmtdamp.refresh(tx.init(params), measurer, params, batch)
 
     References:
         Granziol and Baskerville, section 5. Bun, Allez, Bouchaud and Potters, 2016

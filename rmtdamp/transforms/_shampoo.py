@@ -38,7 +38,15 @@ class ShampooBlock(NamedTuple):
 
 
 class ScaleByShampooState(NamedTuple):
-    """State of `scale_by_shampoo`."""
+    """State of `scale_by_shampoo`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import rmtdamp
+        >>> state = rmtdamp.scale_by_shampoo().init({"w": jnp.zeros((4, 3))})
+        >>> print(state.count, state.factor_rejections)
+        0 0
+    """
 
     count: Any  # (), int32, steps taken
     factor_rejections: jax.Array  # (), int32, gradients that were not finite

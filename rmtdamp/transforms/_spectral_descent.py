@@ -29,7 +29,14 @@ Method = Literal["newton_schulz", "svd"]
 
 
 class ScaleBySpectralDescentState(NamedTuple):
-    """State of `scale_by_spectral_descent`."""
+    """State of `scale_by_spectral_descent`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import rmtdamp
+        >>> print(rmtdamp.scale_by_spectral_descent().init(jnp.zeros((4, 3))).count)
+        0
+    """
 
     count: Any  # (), int32, steps taken
 
