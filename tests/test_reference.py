@@ -77,6 +77,12 @@ def test_the_page_mentions_what_has_no_docstring():
         assert f"`{name.rpartition('.')[2]}`" in PAGE, name
 
 
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "index.md").read_text().splitlines()
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")}
+    assert pages - {"index"} <= set(index)
+
+
 def test_each_has_an_example():
     without = [name for name, x in DOCUMENTED.items() if ">>>" not in (x.__doc__ or "")]
     assert not without
