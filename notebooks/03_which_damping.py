@@ -192,7 +192,8 @@ fig.tight_layout()
 #
 # | your case | take |
 # |---|---|
-# | KFAC, Lanczos-Newton: a preconditioner like a Hessian | `rule=StabilityFloor()` |
+# | KFAC: a preconditioner like a Hessian | `rule=StabilityFloor()` |
+# | Lanczos-Newton | `rule=StabilityFloor.for_lanczos()` |
 # | Adam, and the rate may be too large or is being swept | `auto_adam` |
 # | Adam at a tuned rate, and it trains | nothing to gain; leave eps alone |
 # | you know the damping | `set_damping` |

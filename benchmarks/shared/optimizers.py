@@ -195,6 +195,7 @@ def rule_of(method: Method):
     floor = functools.partial(StabilityFloor, momentum=momentum, averaged=averaged)
     rules = RULES | {
         "floor": floor(),
+        **{f"floor, c = {c}": floor(float(c)) for c in (1, 2, 4)},
         "aware floor": StabilityFloor.for_adam(MOMENTUM)
         if averaged
         else floor(64.0, preconditioned=True),

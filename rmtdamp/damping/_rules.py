@@ -259,7 +259,8 @@ class StabilityFloor:
     Args:
         safety: c; 8 was chosen for KFAC, with lambda_max(H), and `for_adam` takes 4,
             preconditioned: more costs where Adam trains best near its own threshold
-            (a transformer), less reaches fewer learning rates.
+            (a transformer), less reaches fewer learning rates. `for_lanczos` takes 2:
+            what is sharpest is among the Ritz vectors, where a step is short anyway.
         momentum: rho or b1 of the optimiser, in [0, 1).
         averaged: whether momentum averages, as Adam's does, or sums.
         preconditioned: whether lambda is that of the preconditioned Hessian, or of H.
@@ -291,6 +292,11 @@ class StabilityFloor:
     def for_adam(cls, b1: float = 0.9) -> "StabilityFloor":
         """`auto_adam`'s: four times what the preconditioned Hessian needs."""
         return cls(4.0, momentum=b1, averaged=True, preconditioned=True)
+
+    @classmethod
+    def for_lanczos(cls, momentum: float = 0.9) -> "StabilityFloor":
+        """For `lanczos_newton` with this momentum: twice what the Hessian needs."""
+        return cls(2.0, momentum=momentum)
 
     @property
     def _eigenvalue(self) -> str:
