@@ -3,10 +3,15 @@
 What is sloppy fails here rather than at a user's. Four CPU devices stand in for a mesh.
 """
 
+import os
+
 import hypothesis
 import jax
 import pytest
 
+# Virtual devices wait for one another in threads of a pool. One of as many threads as
+# devices, as on two cores, has none left for the device that is waited for.
+os.environ.setdefault("NPROC", str(max(16, os.cpu_count() or 1)))
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

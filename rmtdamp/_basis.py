@@ -5,8 +5,8 @@
 Algorithms hold their vectors packed. An operation on a pytree is a kernel per leaf, and
 each takes XLA a tenth of a second to compile on a CPU: the step of `eigsh` on a network
 of 17 leaves took longer to compile than its Hessian-vector product. Large leaves stay
-apart: a copy costs more than a kernel there, and one that is split over devices stays
-split.
+apart: a copy costs more than a kernel there. So do all leaves on a mesh of devices: one
+that is split would have to be gathered to be joined.
 
 A block of vectors has a leading axis, a row for each. Its rows are contracted by dots,
 over as many axes as they have: XLA:CPU sums over a leading axis a thousand times
@@ -15,12 +15,21 @@ precision, for recent GPUs round their inputs to ten bits otherwise (TF32).
 """
 
 import functools
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._sharding import (
+    automatic,
+    explicitly_split,
+    may_be_split,
+    placed,
+    placement,
+    whole,
+)
 from ._tree import accumulation_dtype, norm, random_like, scale
 from ._types import Key, Params
 
@@ -31,25 +40,41 @@ SMALL = 2**16
 BREAKDOWN = 64
 
 
-def _is_joined(leaf, small: int) -> bool:
-    # What is split explicitly, by its type, cannot be joined without being told how.
-    split = any(jax.typeof(leaf).sharding.spec)
-    return math.prod(leaf.shape) <= small and not split
+def _joined(like: Params, small: int, anywhere: bool) -> list[bool]:
+    leaves = jax.tree.leaves(like)
+    fits = lambda x: math.prod(x.shape) <= small
+    return [fits(x) and (anywhere or not may_be_split(x)) for x in leaves]
 
 
-def pack(tree: Params, small: int = SMALL) -> list[jax.Array]:
-    """The leaves of `tree` in its accumulation dtype, the small ones joined."""
+def pack(
+    tree: Params, like: Params, small: int = SMALL, *, anywhere: bool = False
+) -> list[jax.Array]:
+    """A vector as few arrays.
+
+    Args:
+        tree: the vector.
+        like: pytree whose leaves say what is joined: those that are small and, unless
+            `anywhere`, not on a mesh of devices.
+        small: the most elements of a leaf that is joined.
+        anywhere: whether a leaf on a mesh is joined too, whole on every device.
+
+    Returns:
+        Arrays in the accumulation dtype of `tree`.
+    """
     dtype = accumulation_dtype(tree)
-    leaves = [(_is_joined(x, small), x.astype(dtype)) for x in jax.tree.leaves(tree)]
-    joined = [jnp.ravel(x) for yes, x in leaves if yes]
-    apart = [x for yes, x in leaves if not yes]
+    leaves = [x.astype(dtype) for x in jax.tree.leaves(tree)]
+    each = list(zip(leaves, _joined(like, small, anywhere), strict=True))
+    joined = [jnp.ravel(whole(x, x) if anywhere else x) for x, yes in each if yes]
+    apart = [x for x, yes in each if not yes]
     return [jnp.concatenate(joined), *apart] if joined else apart
 
 
-def unpack(vector: list[jax.Array], like: Params, small: int = SMALL) -> Params:
+def unpack(
+    vector: list[jax.Array], like: Params, small: int = SMALL, *, anywhere: bool = False
+) -> Params:
     """What was packed, in the structure of `like`; leading axes and the dtype stay."""
     leaves, treedef = jax.tree.flatten(like)
-    joined = [_is_joined(x, small) for x in leaves]
+    joined = _joined(like, small, anywhere)
     sizes = [math.prod(x.shape) for x, yes in zip(leaves, joined, strict=True) if yes]
     apart, pieces = iter(vector), iter(())
     if sizes:
@@ -57,22 +82,52 @@ def unpack(vector: list[jax.Array], like: Params, small: int = SMALL) -> Params:
     found = []
     for leaf, yes in zip(leaves, joined, strict=True):
         x = next(pieces) if yes else next(apart)
-        found.append(jnp.reshape(x, (*x.shape[:-1], *leaf.shape)) if yes else x)
-    return jax.tree.unflatten(treedef, found)
+        if yes:
+            x = jnp.reshape(x, (*x.shape[:-1], *leaf.shape))
+            x = whole(x, leaf) if anywhere else x
+        found.append(x)
+    return placed(jax.tree.unflatten(treedef, found), like)
 
 
-@functools.partial(jax.jit, static_argnames="sampler")
 def draw(key: Key, like: Params, sampler) -> list[jax.Array]:
-    """A packed vector of independent draws of `sampler(key, shape, dtype)`."""
-    parts = jax.eval_shape(pack, like)
+    """A packed vector of independent draws of `sampler(key, shape, dtype)`.
+
+    The numbers are those of one device, on whatever mesh `like` lies; each device makes
+    the part of a large leaf that it holds.
+
+    Returns:
+        Arrays in the accumulation dtype of `like`.
+    """
+    return _draw(key, like, sampler, placement(like))
+
+
+@functools.partial(jax.jit, static_argnames=("sampler", "where"))
+def _draw(key, like, sampler, where):
+    parts = jax.eval_shape(functools.partial(pack, anywhere=True), like, like)
+    parts = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in parts]
     if len(parts) == 1:  # A key less to derive is half a draw less to compile.
-        return [sampler(key, parts[0].shape, parts[0].dtype)]
-    return random_like(key, parts, sampler)
+        drawn = [sampler(key, parts[0].shape, parts[0].dtype)]
+    else:
+        drawn = random_like(key, parts, sampler)
+    if _joined(like, SMALL, True) != _joined(like, SMALL, False):
+        drawn = pack(unpack(drawn, like, anywhere=True), like)
+    return lay(drawn, like, where)
+
+
+def lay(vector: list, like: Params, where: tuple) -> list:
+    """A packed vector where `like` lies, whose placement is `where`."""
+    split = [not yes for yes in _joined(like, SMALL, False)]
+    apart = list(itertools.compress(jax.tree.leaves(like), split))
+    where = tuple(itertools.compress(where, split))
+    start = len(vector) - len(apart)
+    return [*vector[:start], *placed(vector[start:], apart, where)]
 
 
 def zeros(like: Params, *rows: int) -> Params:
     """A block of vectors like `like`, all zero; without `rows`, one vector."""
-    return jax.tree.map(lambda x: jnp.zeros((*rows, *x.shape), x.dtype), like)
+    wide = lambda x: jnp.broadcast_to(x, (*rows, *x.shape)) if rows else x
+    # Zeros like an array lie where it does, and so does what they are spread to.
+    return jax.tree.map(lambda x: wide(jnp.zeros_like(x)), like)
 
 
 def row(basis: Params, i) -> Params:
@@ -91,7 +146,10 @@ def project(basis: Params, vector: Params) -> jax.Array:
 
     def dots(q, x):
         axes = tuple(range(1, q.ndim)), tuple(range(x.ndim))
-        return jax.lax.dot_general(q, x, (axes, ((), ())), precision="highest")
+        dot = functools.partial(
+            jax.lax.dot_general, dimension_numbers=(axes, ((), ())), precision="highest"
+        )
+        return automatic(dot, lambda: explicitly_split(q), q, x)
 
     return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(dots, basis, vector)))
 

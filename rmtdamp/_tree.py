@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from ._sharding import placed, whole
 from ._types import Batch, Key, Params
 
 
@@ -84,10 +85,10 @@ def scale(factor: jax.Array, x: Params) -> Params:
 
 
 # Above this many elements a leaf is drawn on its own, where it lies.
-_LARGE = 2**20
+_LARGE = 2**16
 
 
-def random_like(key: Key, like: Params, sampler) -> Params:
+def random_like(key: Key, like: Params, sampler, where: tuple | None = None) -> Params:
     """An independent draw of `sampler(key, shape, dtype)` for each element of `like`.
 
     Small leaves of one dtype are cut out of a single draw: each call of a generator
@@ -95,8 +96,14 @@ def random_like(key: Key, like: Params, sampler) -> Params:
     gradient takes. Large leaves of one shape are drawn as a stack, whose parts need not
     be on one device.
 
+    Args:
+        key: a key of `jax.random`.
+        like: pytree of arrays.
+        sampler: `sampler(key, shape, dtype)`, such as `jax.random.normal`.
+        where: the placement of `like`, in traced code; see `rmtdamp._sharding`.
+
     Returns:
-        A pytree like `like`.
+        A pytree like `like`, where it lies.
     """
     leaves, treedef = jax.tree.flatten(like)
     together: dict[tuple, list[int]] = {}
@@ -116,10 +123,11 @@ def random_like(key: Key, like: Params, sampler) -> Params:
             ends = list(itertools.accumulate(map(math.prod, shapes), initial=0))
             flat = sampler(k, (ends[-1],), dtype)
             cuts = zip(itertools.pairwise(ends), shapes, strict=True)
-            parts = [jnp.reshape(flat[i:j], shape) for (i, j), shape in cuts]
+            pieces = [jnp.reshape(flat[i:j], shape) for (i, j), shape in cuts]
+            parts = [whole(x, leaves) for x in pieces]
         for place, part in zip(places, parts, strict=True):
             draws[place] = part
-    return jax.tree.unflatten(treedef, draws)
+    return placed(jax.tree.unflatten(treedef, draws), like, where)
 
 
 def rademacher(key: Key, shape: tuple[int, ...], dtype) -> jax.Array:

@@ -28,17 +28,17 @@ TREE = {
 
 
 def test_small_leaves_are_joined_and_large_ones_are_not():
-    joined, large = pack(TREE)
+    joined, large = pack(TREE, TREE)
     np.testing.assert_array_equal(joined, [*range(3), *range(8), 7])
     assert large.shape == TREE["large"].shape
-    assert len(pack(TREE, small=2**20)) == 1
+    assert len(pack(TREE, TREE, small=2**20)) == 1
     back = unpack([joined, large], TREE)
     jax.tree.map(np.testing.assert_array_equal, back, TREE)
 
 
 def test_leading_axes_stay_and_narrow_leaves_are_widened():
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), TREE)
-    parts = pack(narrow)
+    parts = pack(narrow, narrow)
     assert {x.dtype for x in parts} == {jnp.dtype(jnp.float32)}
     block = unpack([jnp.stack([x, 2 * x, 3 * x]) for x in parts], narrow)
     assert jax.tree.map(jnp.shape, block) == {
@@ -49,9 +49,12 @@ def test_leading_axes_stay_and_narrow_leaves_are_widened():
 
 def test_only_large_leaves_and_only_small_ones():
     alone = {"large": TREE["large"]}
-    assert [x.shape for x in pack(alone)] == [alone["large"].shape]
-    np.testing.assert_array_equal(unpack(pack(alone), alone)["large"], alone["large"])
-    assert [x.shape for x in pack(jnp.ones((2, 3)))] == [(6,)]
+    assert [x.shape for x in pack(alone, alone)] == [alone["large"].shape]
+    np.testing.assert_array_equal(
+        unpack(pack(alone, alone), alone)["large"], alone["large"]
+    )
+    ones = jnp.ones((2, 3))
+    assert [x.shape for x in pack(ones, ones)] == [(6,)]
 
 
 def test_leaves_that_are_split_by_their_type_are_not_joined():
@@ -59,7 +62,7 @@ def test_leaves_that_are_split_by_their_type_are_not_joined():
     with jax.set_mesh(mesh):
         split = jax.device_put(jnp.arange(8.0).reshape(4, 2), jax.P("x"))
         tree = [split, jnp.arange(3.0), jnp.arange(2.0)]
-        parts = pack(tree)
+        parts = pack(tree, tree)
         assert [x.shape for x in parts] == [(5,), (4, 2)]
         assert jax.typeof(parts[1]).sharding.spec == jax.P("x", None)
         jax.tree.map(np.testing.assert_array_equal, unpack(parts, tree), tree)

@@ -8,9 +8,9 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "rmtdamp"
 # A room may import what stands to its left.
 LAYERS = [
-    "_types", "_jax", "_tree", "_basis", "_parts", "_checks", "hessian", "flatness",
-    "losses", "kronecker", "rmt", "stability", "pac_bayes", "damping", "outliers",
-    "transforms",
+    "_types", "_jax", "_sharding", "_tree", "_basis", "_parts", "_checks", "hessian",
+    "flatness", "losses", "kronecker", "rmt", "stability", "pac_bayes", "damping",
+    "outliers", "transforms",
 ]  # fmt: skip
 DOORS = {
     "schedules", "flax", "plot", "spectrum", "demo", "_cli", "__main__", "__init__",

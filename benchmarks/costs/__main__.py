@@ -4,7 +4,8 @@
 
 Sections: steps, refreshes (of the damping); kfac; products, density (of Hessians);
 penalties (on their trace); vocabulary (a large one: its cross-entropy in chunks);
-precision (of measurements, by dtype: errors, not costs).
+precision (of measurements, by dtype: errors, not costs); scaling (over devices: counts
+in compiled programs).
 Rows go to benchmarks/results/costs.json as they are measured, under the device's name,
 and one that is there is not measured again unless --fresh; costs.md has them as tables.
 --quick is a rehearsal that writes nothing. Set OPENBLAS_NUM_THREADS=1 for kfac: threads
@@ -13,6 +14,7 @@ that wait for a busy core make an eigendecomposition a hundred times slower.
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -43,6 +45,7 @@ from rmtdamp.hessian import (
 from rmtdamp.losses import chunked_softmax_cross_entropy
 
 from . import timing
+from .scaling import LAYOUTS, PROGRAMS, scaling_row
 from .timing import compare, compiled, interleaved, on_cpu, problem, rotate
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
@@ -375,6 +378,7 @@ REFRESHED = [(how, "mlp", n) for n in (256, 1024) for how in HOW]
 SIZES = {"mlp": (16, 160, 1600), "cnn": (2, 20, 200), "transformer": (1, 10, 100)}
 DTYPES = ("float32", "bfloat16")
 PRODUCTS = [(k, n, dtype) for k, of in SIZES.items() for dtype in DTYPES for n in of]
+DEVICES = (1, 2, 4, 8)
 DENSITIES = (("mlp", 1024, 4, 80), ("cnn", 16, 1, 10))  # batch size, probes, steps
 KFAC = [("mlp", n, *of) for n in (256, 4096) for of in ((), ("factored",))]
 KFAC += [("cnn", 128)]
@@ -398,6 +402,7 @@ SECTIONS = {
     "penalties": (penalty_row, [("mlp", 256), ("cnn", 64)]),
     "vocabulary": (vocabulary_row, VOCABULARIES),
     "precision": (precision_row, PRECISIONS),
+    "scaling": (scaling_row, list(itertools.product(PROGRAMS, LAYOUTS, DEVICES))),
 }
 
 
@@ -410,6 +415,8 @@ def main():
     parser.add_argument("--fresh", action="store_true", help="measure rows again")
     args = parser.parse_args()
     jax.config.update("jax_default_matmul_precision", "highest")
+    if "scaling" in args.sections:
+        jax.config.update("jax_num_cpu_devices", max(DEVICES))
     effort = QUICK if args.quick else timing.Effort()
     path, cores = RESULTS / "costs.json", len(os.sched_getaffinity(0))
     found = json.loads(path.read_text()) if path.exists() and not args.quick else {}

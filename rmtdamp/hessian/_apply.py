@@ -33,7 +33,7 @@ def _narrow(vector, like):
 
 
 def _widen(found, like):
-    return pack(aligned(found, like))
+    return pack(aligned(found, like), like)
 
 
 @jax.jit
@@ -136,7 +136,7 @@ def _pass_over(batches, product, wrap, vector):
     total, seen = None, 0
     for batch in wrap(batches):
         count = num_examples(batch)
-        total = _add(total, product(batch, vector), np.float64(count))
+        total = _add(total, product(batch, vector), np.float64(count), vector)
         seen += count
     if seen == 0:
         raise ValueError(
@@ -147,8 +147,8 @@ def _pass_over(batches, product, wrap, vector):
 
 
 @jax.jit
-def _add(total, product, count):
-    term = [count.astype(y.dtype) * y for y in pack(product)]
+def _add(total, product, count, vector):
+    term = [count.astype(y.dtype) * y for y in pack(product, vector)]
     return term if total is None else jax.tree.map(jnp.add, total, term)
 
 
@@ -295,7 +295,7 @@ class _Block:
 
 @jax.jit
 def _filled_packed(params, like, vector):
-    return pack(_filled(unpack(vector, like), params))
+    return pack(_filled(unpack(vector, like), params), params)
 
 
 @jax.jit

@@ -26,11 +26,11 @@ _AT_ONCE = 128
 
 
 def _tree(vector, like):
-    return aligned(unpack([vector], like, size(like)), like)
+    return aligned(unpack([vector], like, size(like), anywhere=True), like)
 
 
 def _flat(tree, like):
-    return pack(aligned(tree, like), size(like))[0]
+    return pack(aligned(tree, like), like, size(like), anywhere=True)[0]
 
 
 _tree_jitted, _flat_jitted = jax.jit(_tree), jax.jit(_flat)
@@ -171,7 +171,7 @@ def eigh(matrix: Any, like: Params) -> EigenPairs:
 
 @jax.jit
 def _unpacked(rows, like):
-    return unpack([rows], like, size(like))
+    return unpack([rows], like, size(like), anywhere=True)
 
 
 def dense_moments(

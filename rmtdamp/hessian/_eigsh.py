@@ -27,6 +27,7 @@ from rmtdamp._basis import (
     zeros,
 )
 from rmtdamp._jax import is_traced
+from rmtdamp._sharding import automatic, typed_like
 from rmtdamp._tree import check_params, norm, scale, size
 from rmtdamp._types import Key, Matvec, Params
 
@@ -63,12 +64,14 @@ def _step(carry: _Carry, product, spare, j, number) -> tuple[_Carry, list]:
     unit = magnitude(product)
     product = scale(1 / unit, product)
     # Shifts of a random vector are as good as new ones. One may have been used before.
-    shift = lambda x, n: jnp.roll(x, number + n, axis=int(np.argmax(x.shape)))
+    roll = lambda x, n: jnp.roll(x, n, axis=int(np.argmax(x.shape)))
+    rolled = lambda x, n: automatic(roll, lambda: typed_like(x), x, n)
+    shift = lambda n: jax.tree.map(lambda x: rolled(x, number + n), spare)
 
     def attempt(last: _Attempt) -> _Attempt:
         first = last.tries == 0
-        choose = lambda y, x: jnp.where(first, y, shift(x, last.tries))
-        rest, along = orthogonalise(carry.basis, jax.tree.map(choose, product, spare))
+        vector = jax.lax.cond(first, lambda _: product, shift, last.tries)
+        rest, along = orthogonalise(carry.basis, vector)
         length = norm(rest)
         whole = jnp.hypot(jnp.linalg.norm(along), length)
         return _Attempt(

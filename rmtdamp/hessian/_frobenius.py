@@ -64,7 +64,6 @@ def frobenius_norm(
     return _estimate(lengths)
 
 
-@jax.jit
 def _probe(key, i, like):
     return draw(jax.random.fold_in(key, i), like, jax.random.rademacher)
 

@@ -281,16 +281,20 @@ def lanczos(
     check_params(start)
     passes = check_options(num_steps, size(start), reorthogonalization)
     keep = passes > 0 if keep_basis is None else keep_basis or passes > 0
-    found = iterate(matvec, start, start, num_steps, passes, keep)
+    found = iterate(matvec, start, _packed(start), num_steps, passes, keep)
     return _finish(*found, start)
 
 
+@jax.jit
+def _packed(start: Params) -> list:
+    return pack(start, start)
+
+
 @functools.partial(jax.jit, static_argnames=("num_steps", "keep"))
-def _begin(start: Params, num_steps: int, keep: bool):
+def _begin(start: list, num_steps: int, keep: bool):
     """The state before the first step, and the norm of `start`."""
-    first = pack(start)
-    unit = magnitude(first)
-    first = scale(1 / unit, first)
+    unit = magnitude(start)
+    first = scale(1 / unit, start)
     length = norm(first)
     first = scale(1 / length, first)
     basis = store(zeros(first, num_steps), 0, first) if keep else None
@@ -303,8 +307,10 @@ def _begin(start: Params, num_steps: int, keep: bool):
     return (basis, zeros(first), first, entries), unit * length
 
 
-def iterate(matvec: Matvec, like: Params, start, num_steps: int, passes=0, keep=False):
-    """Basis, vector after the last and entries of T; `start` may be packed."""
+def iterate(
+    matvec: Matvec, like: Params, start: list, num_steps: int, passes=0, keep=False
+):
+    """Basis, vector after the last and entries of T, from a packed `start`."""
     state, length = _begin(start, num_steps, keep)
     if not is_traced(length) and not (0 < float(length) < float("inf")):
         raise ValueError(

@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmtdamp._basis import draw, pack, unpack, zeros
+from rmtdamp._basis import draw, lay, pack, unpack, zeros
 from rmtdamp._checks import check_mode, check_scalar
 from rmtdamp._jax import has_convolution, is_traced, matmul_precision
 from rmtdamp._parts import Labels, Parts, as_function, parts_of
+from rmtdamp._sharding import placement, regrouped
 from rmtdamp._tree import (
     accumulation_dtype,
     aligned,
@@ -112,7 +113,7 @@ class _Rows(NamedTuple):
 def _no_sums(rows: _Rows) -> _Sums:
     dtype = accumulation_dtype(rows.params)  # the sums are donated: a buffer each
     return _Sums(
-        zeros(jax.eval_shape(pack, rows.params)),
+        zeros(jax.eval_shape(pack, rows.params, rows.params)),
         jnp.zeros(rows.parts.shape, dtype),
         jnp.zeros((), dtype),
     )
@@ -145,8 +146,8 @@ def _stacked(products: list) -> Any:
 
 def _microbatches(batch: Batch, n: int) -> Batch:
     """Microbatch i is `[:, i]`, of strided examples."""
-    # x.reshape(b, n)[:, i] is x[i::n]: a batch sharded over devices stays spread.
-    return jax.tree.map(lambda x: jnp.reshape(x, (-1, n, *x.shape[1:])), batch)
+    # A batch sharded over devices stays spread.
+    return jax.tree.map(lambda x: regrouped(x, n), batch)
 
 
 def _microbatch(parts: Batch, i) -> Batch:
@@ -164,7 +165,7 @@ def _evaluate(loss_fn, params, part, probe, loss_args, mode):
     """The loss of a microbatch and its packed product with the probe."""
     vector = aligned(unpack(probe, params), params)
     loss, product = loss_and_product(loss_fn, params, part, vector, loss_args, mode)
-    return loss, pack(product)
+    return loss, pack(product, params)
 
 
 def _said(rows: _Rows, probe: list, sums: _Sums, products: list | None) -> tuple:
@@ -245,9 +246,10 @@ def _take(
     return _add(rows, sums, i, loss, product), (product if stderr else None)
 
 
-@functools.partial(jax.jit, static_argnames="labelled")
-def _start(key, number, params, labelled):
-    return _probe(key, number, params), _no_sums(_Rows(labelled, params))
+@functools.partial(jax.jit, static_argnames=("labelled", "where"))
+def _start(params, labelled, where):
+    sums = _no_sums(_Rows(labelled, params))
+    return sums._replace(mean=lay(sums.mean, params, where))
 
 
 @functools.partial(jax.jit, static_argnames="labelled")
@@ -268,7 +270,8 @@ def _from_python(
     """One compiled call a microbatch: that of one is all that is compiled."""
     n, said = num_microbatches, []
     for number in range(num_probes):
-        probe, sums = _start(key, jnp.int32(number), params, labelled)
+        probe = _probe(key, jnp.int32(number), params)
+        sums = _start(params, labelled, placement(params))
         products = []
         for i in range(n):
             sums, product = _take(

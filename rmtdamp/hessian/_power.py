@@ -65,7 +65,7 @@ def _step(root, shift, x, found):
 
 @jax.jit
 def _root(preconditioner, like):
-    return [1 / jnp.sqrt(d) for d in pack(aligned(preconditioner, like))]
+    return [1 / jnp.sqrt(d) for d in pack(aligned(preconditioner, like), like)]
 
 
 @jax.jit

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rmtdamp._basis import project
+from rmtdamp._sharding import regrouped
 from rmtdamp._tree import check_params, num_examples, size
 from rmtdamp._types import Batch, Key, Matvec, Params
 
@@ -76,7 +77,8 @@ def halves(batch: Batch) -> tuple[Batch, Batch]:
 
 @jax.jit
 def _halves(batch):
-    return tuple(jax.tree.map(lambda x, i=i: x[i::2], batch) for i in (0, 1))
+    pairs = jax.tree.map(lambda x: regrouped(x, 2), batch)
+    return tuple(jax.tree.map(lambda x, i=i: x[:, i], pairs) for i in (0, 1))
 
 
 @functools.partial(jax.jit, static_argnames="k")

@@ -54,17 +54,16 @@ class Estimate(NamedTuple):
     stderr: Params  # like value; NaN where it cannot be known
 
 
-def _rounded(key, i, like, sampler) -> list:
+@jax.jit
+def _rounded(vector, like):
+    return pack(aligned(unpack(vector, like), like), like)
+
+
+def _random(key, i, like, sampler) -> list:
     """Random vector i, packed: folding in lets it be drawn again rather than kept."""
     # Drawn in float32 at least, for eight random bits do not make a normal number, and
     # rounded as the product will round it.
-    drawn = draw(jax.random.fold_in(key, i), like, sampler)
-    return pack(aligned(unpack(drawn, like), like))
-
-
-@jax.jit
-def _normal(key, i, like):
-    return _rounded(key, i, like, jax.random.normal)
+    return _rounded(draw(jax.random.fold_in(key, i), like, sampler), like)
 
 
 _row, _store = jax.jit(row), jax.jit(store, donate_argnums=0)
@@ -73,7 +72,7 @@ _row, _store = jax.jit(row), jax.jit(store, donate_argnums=0)
 @functools.partial(jax.jit, static_argnames=("width", "diagonal"))
 def _begin(like, width: int, diagonal: bool):
     """Empty basis and R of a sketch; three zeros to add to."""
-    dtype, vector = accumulation_dtype(like), jax.eval_shape(pack, like)
+    dtype, vector = accumulation_dtype(like), jax.eval_shape(pack, like, like)
     # Made anew for each use, for their buffers are donated.
     zero = lambda: zeros(vector) if diagonal else jnp.zeros((), dtype)
     sketch = zeros(vector, width), jnp.zeros((width, width), dtype)
@@ -108,7 +107,7 @@ def _loop(step, carry, count, traced):
 def _sketch(matvec, like, key, sketch, width, traced):
     """Q and R of A Omega for normal Omega, Q a block of `width` rows."""
     # Sign vectors may be dependent on the few coordinates that matter, normal ones not.
-    image = lambda i: multiply(matvec, like, _normal(key, i, like))
+    image = lambda i: multiply(matvec, like, _random(key, i, like, jax.random.normal))
     extend = lambda carry, i: _extend(carry, i, image(i))
     return _loop(extend, sketch, width, traced)
 
@@ -124,10 +123,9 @@ def _add_exact(exact, basis, unit, image, diagonal):
 
 
 @jax.jit
-def _probe(key, i, like, basis):
-    """Sign vector v and (I - P) v, without a basis v twice."""
-    probe = _rounded(key, i, like, jax.random.rademacher)
-    return probe, (probe if basis is None else orthogonalise(basis, probe, 1)[0])
+def _outside(basis, vector):
+    """(I - P) v."""
+    return orthogonalise(basis, vector, 1)[0]
 
 
 @functools.partial(jax.jit, static_argnames="diagonal", donate_argnums=0)
@@ -173,7 +171,8 @@ def _deflated(matvec, like, key, num_probes, width, diagonal, traced):
         return _add_exact(exact, basis, unit, image, diagonal)
 
     def add_sample(carry, i):
-        probe, rest = _probe(second, i, like, basis)
+        probe = _random(second, i, like, jax.random.rademacher)
+        rest = probe if basis is None else _outside(basis, probe)
         image = multiply(matvec, like, rest)
         return _add_sample(carry, i, basis, probe, rest, image, diagonal)
 
@@ -186,7 +185,7 @@ def _deflated(matvec, like, key, num_probes, width, diagonal, traced):
 @jax.jit
 def _coefficients(basis, images, key, i, like):
     """Q^T w, (A Q)^T w and ||w||^2 of normal test vector w."""
-    test = _rounded(key, i, like, jax.random.normal)
+    test = _random(key, i, like, jax.random.normal)
     return project(basis, test), project(images, test), vdot(test, test)
 
 

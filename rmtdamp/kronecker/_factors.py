@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rmtdamp._sharding import automatic, explicitly_split
 from rmtdamp._tree import accumulation_dtype
 
 Sharing = Literal["expand", "reduce"]
@@ -126,7 +127,7 @@ def layer_record(
     dtype = dtype or accumulation_dtype((inputs, gradients))
     inputs, gradients = inputs.astype(dtype), gradients.astype(dtype)
     if bias:
-        ones = jnp.ones((*inputs.shape[:-1], 1), dtype)
+        ones = jnp.ones_like(inputs[..., :1])
         inputs = jnp.concatenate([inputs, ones], axis=-1)
     if sharing == "reduce":
         inputs = jnp.mean(inputs, axis=1, keepdims=True)
@@ -152,6 +153,10 @@ def kronecker_factors(record: LayerRecord) -> KroneckerFactors:
         approximate curvature, 2015, section 3. Grosse and Martens, A Kronecker-factored
         approximate Fisher matrix for convolution layers, 2016, section 3.
     """
+    return automatic(_kronecker_factors, lambda: explicitly_split(record), record)
+
+
+def _kronecker_factors(record: LayerRecord) -> KroneckerFactors:
     a, g = record
     count, places = a.shape[:2]
     inputs = jnp.einsum("ntka,ntkb->kab", a, a, precision="highest")

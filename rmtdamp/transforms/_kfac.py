@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from rmtdamp._checks import check_choice, check_every
+from rmtdamp._sharding import automatic, typed_like
 from rmtdamp._tree import mean, vdot
 from rmtdamp.kronecker import (
     Block,
@@ -215,8 +216,12 @@ def scale_by_kfac(
         power, inverses = curvature_power if product else -1, ()
         if tikhonov == "factored" and not product:
             inverses = _in_force(blocks, measured, deltas, state.inverses)
-        out, singular = _powered(
-            blocks, measured, leaves, deltas, tikhonov, power, inverses
+        out, singular = automatic(
+            lambda state, leaves, dampings, inverses: _powered(
+                blocks, state, leaves, dampings, tikhonov, power, inverses
+            ),
+            lambda: typed_like((leaves, state.count)),
+            *(measured, leaves, deltas, inverses),
         )
         out = [u.astype(leaf.dtype) for u, leaf in zip(out, leaves, strict=True)]
         out = jax.tree.unflatten(treedef, out)

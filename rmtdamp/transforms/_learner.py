@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from rmtdamp._checks import check_range
 from rmtdamp._jax import is_traced, matmul_precision
 from rmtdamp._parts import Labels, Parts, as_function, parts_of
+from rmtdamp._sharding import placement
 from rmtdamp._tree import accumulation_dtype, num_examples, random_like, vdot
 from rmtdamp._types import Execution, LossFn, Mode, Params
 from rmtdamp.damping import (
@@ -139,7 +140,9 @@ class DampingLearner:
         """The state before any measurement: the damping is `floor`."""
         needed, parts = needs_of(self.rule), self.parts(params)
         start = lambda name: (
-            _start(self.seed, params, parts) if name in needed else None
+            _start(self.seed, params, parts, placement(params))
+            if name in needed
+            else None
         )
         return initial_damping(
             self.floor,
@@ -241,11 +244,11 @@ class DampingLearner:
 _FIRST_PRODUCTS = 8
 
 
-@functools.partial(jax.jit, static_argnames="parts")
-def _start(seed, params, parts):
+@functools.partial(jax.jit, static_argnames=("parts", "where"))
+def _start(seed, params, parts, where):
     dtype = accumulation_dtype(params)
-    like = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), params)
-    vector = random_like(jax.random.key(seed), like, jax.random.normal)
+    like = jax.tree.map(lambda x: x.astype(dtype), params)
+    vector = random_like(jax.random.key(seed), like, jax.random.normal, where)
     return parts.normalised(vector)[0]
 
 

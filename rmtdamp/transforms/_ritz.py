@@ -8,8 +8,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rmtdamp._basis import zeros
 from rmtdamp._checks import check_choice
 from rmtdamp._jax import is_traced
+from rmtdamp._sharding import placement
 from rmtdamp._tree import accumulation_dtype, norm, num_examples, random_like, size
 from rmtdamp._types import Key, LossFn, Matvec, Params
 from rmtdamp.hessian import hessian_matvec, lanczos, moments
@@ -156,10 +158,10 @@ class RitzMeasurer:
         """Before any measurement: no direction is known to be sharp."""
         dtype = accumulation_dtype(params)
         m = min(self.num_steps, size(params))
-        zeros = lambda: jnp.zeros(m, dtype)
-        vectors = jax.tree.map(lambda x: jnp.zeros((m, *x.shape), dtype), params)
+        values = lambda: jnp.zeros(m, dtype)
+        vectors = zeros(jax.tree.map(lambda x: x.astype(dtype), params), m)
         zero = lambda: jnp.zeros((), jnp.int32)
-        return RitzSubspace(zeros(), zeros(), vectors, zero(), zero())
+        return RitzSubspace(values(), values(), vectors, zero(), zero())
 
     def refresh(self, measured: RitzSubspace, context: Context) -> RitzSubspace:
         """Measure on the batch; driven from Python when called eagerly.
@@ -177,7 +179,8 @@ class RitzMeasurer:
         key, noise_key = jax.random.split(
             jax.random.fold_in(key, measured.subspace_refreshes)
         )
-        start = start_of(self, key, context.params, context.grads)
+        where = placement(context.params)
+        start = start_of(self, key, context.params, context.grads, where)
         matvec = self.matvec_fn(
             self.loss_fn,
             context.params,
@@ -214,8 +217,8 @@ class RitzMeasurer:
         return measured.variance
 
 
-def _start(measurer: RitzMeasurer, key, params, gradient):
-    draw = random_like(key, params, jax.random.normal)
+def _start(measurer: RitzMeasurer, key, params, gradient, where):
+    draw = random_like(key, params, jax.random.normal, where)
     if measurer.start == "random":
         return draw
     if measurer.start != "gradient":
@@ -231,7 +234,7 @@ def _start(measurer: RitzMeasurer, key, params, gradient):
     )
 
 
-_compiled_start = jax.jit(_start)
+_compiled_start = jax.jit(_start, static_argnames="where")
 
 
 @jax.jit

@@ -14,6 +14,7 @@ import optax
 
 from rmtdamp._checks import check_every, check_range
 from rmtdamp._jax import matmul_precision
+from rmtdamp._sharding import automatic, typed_like
 from rmtdamp._tree import accumulation_dtype
 
 from ._measurer import is_due
@@ -247,6 +248,10 @@ def scale_by_shampoo(
 
     def update(updates, state, params=None, *, damping=None, **extra_args):
         del params, extra_args
+        out = lambda: typed_like((updates, state))
+        return automatic(step, out, updates, state, damping)
+
+    def step(updates, state, damping):
         leaves, treedef = jax.tree.flatten(updates)
         numbers = dimension_numbers(weight_dimension_numbers, updates)
         blocks, block_treedef = jax.tree.flatten(state.blocks, is_leaf=_is_block)

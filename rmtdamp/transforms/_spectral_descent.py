@@ -21,6 +21,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from rmtdamp._checks import check_choice, check_range
 from rmtdamp._jax import matmul_precision
+from rmtdamp._sharding import automatic, typed_like
 from rmtdamp._tree import accumulation_dtype
 
 from ._optimiser import check_damping, damping_in_force, optimiser
@@ -209,6 +210,10 @@ def scale_by_spectral_descent(
 
     def update(updates, state, params=None, *, damping=None, **extra_args):
         del params, extra_args
+        out = lambda: typed_like((updates, state))
+        return automatic(step, out, updates, state, damping)
+
+    def step(updates, state, damping):
         dtype = accumulation_dtype(updates)
         delta = damping_in_force(
             "scale_by_spectral_descent", damping, own, state.count, dtype
