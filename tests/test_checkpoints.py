@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from problems import mlp, mlp_batch, mlp_loss
 
 import rmtdamp
 import rmtdamp.flax
+from benchmarks.costs.scaling import split_over
 from rmtdamp.kronecker import ModelFactors, make_blocks
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -143,6 +145,36 @@ def test_a_restored_run_goes_on_as_if_uninterrupted(name, restore, tmp_path):
     for _ in range(2):
         carry = step(*carry)
     assert_same_bits(carry, expected)
+
+
+def on_devices(tree, num):
+    """Split over so many devices, each leaf that can be."""
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((num,), ("data",), auto, devices=jax.devices()[:num])
+    return jax.device_put(tree, split_over(mesh, tree))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["auto_damping(kfac)", "lanczos_newton"])
+def test_a_run_goes_on_on_another_number_of_devices(name, tmp_path):
+    step, _, expected = uninterrupted(name)
+    start = jax.tree.map(jnp.copy, (PARAMS, CASES[name].init(PARAMS)))
+    template = jax.tree.map(jnp.zeros_like, start)
+    moved = lambda saved, num: through_orbax(
+        saved, on_devices(template, num), tmp_path / f"to {num}"
+    )
+    carry = on_devices(start, 4)
+    for _ in range(3):
+        carry = step(*carry)
+    # On as many devices bit for bit, on fewer but for the order of sums.
+    again, whole = moved(carry, 4), carry
+    for _ in range(2):
+        again, whole = step(*again), step(*whole)
+    assert_same_bits(again, whole)
+    carry = step(*moved(carry, 2))
+    last = step(*moved(carry, 1))
+    chex.assert_trees_all_close(last[0], expected[0], rtol=1e-4, atol=1e-5)
+    assert len(jax.tree.leaves(last)[0].sharding.device_set) == 1
 
 
 def nnx_training(seed):
