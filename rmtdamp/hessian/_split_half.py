@@ -120,8 +120,9 @@ def compare_halves(
         >>> print(compare_halves(pairs, pairs, turned, k=1).agreements)
         [0.]
     """
+    values, vectors, residuals, agreements = _compared(whole, first, second, k=k)
     num_products = whole.num_products + first.num_products + second.num_products
-    return SplitHalfPairs(*_compared(whole, first, second, k=k), num_products)
+    return SplitHalfPairs(values, vectors, residuals, agreements, num_products)
 
 
 def split_half_eigsh(
