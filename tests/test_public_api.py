@@ -67,11 +67,13 @@ def public_api():
     """All lines, in order; a name that several rooms show is in each."""
     lines = set()
     for room in rooms():
+        # A folder shows what it imports, a file what it defines.
+        homes = "rmtdamp" if hasattr(room, "__path__") else room.__name__
         for name, value in vars(room).items():
             home = getattr(value, "__module__", "") or ""
             if name.startswith("_") or inspect.ismodule(value):
                 continue
-            if home.startswith("rmtdamp"):
+            if home.startswith(homes):
                 lines.update(described(f"{room.__name__}.{name}", value))
     return "\n".join(sorted(lines)) + "\n"
 
