@@ -198,7 +198,7 @@ fig.tight_layout()
 # damping rises to meet them, and the test loss is about half of Adam's: a bad choice of
 # the rate costs less. It still costs something.
 #
-# This is one seed of one small network; five seeds on four tasks are in [the paper's
-# benchmark](06_the_paper_in_one_sitting.ipynb). Next: [seeing your
+# This is one seed of one small network; several seeds on four tasks are in [the
+# measured comparison](../docs/evidence.md). Next: [seeing your
 # Hessian](02_seeing_your_hessian.ipynb); [which damping for your
 # model](03_which_damping.ipynb).

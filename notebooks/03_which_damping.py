@@ -198,5 +198,5 @@ fig.tight_layout()
 # | Adam at a tuned rate, and it trains | nothing to gain; leave eps alone |
 # | you know the damping | `set_damping` |
 #
-# This is one seed on one task. [The measured comparison](../docs/evidence.md) has five
-# seeds and four tasks, and rules from elsewhere beside these.
+# This is one seed on one task. [The measured comparison](../docs/evidence.md) has up
+# to five seeds and four tasks, and rules from elsewhere beside these.

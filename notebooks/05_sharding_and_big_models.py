@@ -9,6 +9,7 @@
 import os
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["NPROC"] = "32"  # threads for devices that wait for one another
 
 import jax
 import jax.numpy as jnp
@@ -61,10 +62,10 @@ jax.debug.visualize_array_sharding(split["hidden"])
 # %% [markdown]
 # ## The same run, on one device and on eight
 #
-# `tx.init` under `jit` gives the state the shardings of the parameters. The learner
-# cuts the batch into strided microbatches, `x[i::8]`, so that each stays spread over
-# all devices. Where results lie is XLA's choice unless it is told: the second step says
-# that new parameters lie as the old ones.
+# `tx.init` gives the state the shardings of the parameters; outside of `jit`, for only
+# there it sees them. The learner cuts the batch into strided microbatches, `x[i::8]`,
+# so that each stays spread over all devices. Where results lie is XLA's choice unless
+# it is told: the second step says that new parameters lie as the old ones.
 
 # %%
 tx = rmtdamp.auto_adam(1e-2, loss_fn, refresh_every=10)
@@ -84,7 +85,7 @@ def split_step(params, state, batch):
 
 
 def train_on(step, params, data, num_steps=60):
-    state, losses, dampings = jax.jit(tx.init)(params), [], []
+    state, losses, dampings = tx.init(params), [], []
     for i in range(num_steps):
         first = 128 * (i % 10)
         batch = jax.tree.map(lambda x: x[first : first + 128], data)  # noqa: B023

@@ -521,6 +521,10 @@ def test_holes_at_update_are_refused_too():
         ),
         (lambda: DampingLearner(None), "loss_fn is NoneType"),  # pyright: ignore
         (lambda: DampingLearner(mlp_loss, rule=0.5), "rule is 0.5"),  # pyright: ignore
+        (
+            lambda: DampingLearner(mlp_loss, rule=rmtdamp.StabilityFloor),  # pyright: ignore
+            r"or an instance, rmtdamp\.StabilityFloor\(\)",
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

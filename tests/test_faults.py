@@ -232,6 +232,7 @@ def compiled():
     return jax.jit(step)
 
 
+@pytest.mark.slow
 @sample
 @given(
     dtype=DTYPES,

@@ -213,3 +213,17 @@ def test_a_loss_of_the_model_itself_is_sent_to_curvature_loss():
     grads = nnx.grad(nnx_loss)(model, BATCH)
     with pytest.raises(TypeError, match=r"flax.curvature_loss\(model, loss\)"):
         optimizer.update(model, grads, batch=BATCH)
+
+
+def test_check_state_looks_into_an_nnx_optimizer():
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    total = lambda model, batch: jnp.sum(model(batch) ** 2)
+    learner = rmtdamp.DampingLearner(rmtdamp.flax.curvature_loss(model, total))
+    tx = rmtdamp.auto_adam(1e-2, learner, refresh_every=None)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    rmtdamp.check_state(optimizer.opt_state)
+    message = "is not the mean of its microbatches' losses"
+    with pytest.warns(UserWarning, match=message):
+        rmtdamp.flax.refresh(optimizer, learner, model, jnp.ones((8, 2)))
+    with pytest.warns(UserWarning, match=message):
+        rmtdamp.check_state(optimizer.opt_state)

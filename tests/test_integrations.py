@@ -252,7 +252,8 @@ def test_equinox():
 
 def test_optax_chain():
     tx = optax.chain(optax.clip_by_global_norm(10.0), auto)
-    chex.assert_trees_all_equal(trained(tx)[0], expected()[0])
+    # The same but for what the compiler fuses.
+    chex.assert_trees_all_close(trained(tx)[0], expected()[0], rtol=1e-5)
 
 
 def test_optax_masked():

@@ -172,6 +172,7 @@ def test_inverses_are_kept_until_the_damping_or_the_bases_change():
     jax.tree.map(close, other, first)
 
 
+@pytest.mark.slow
 def test_factored_damping_of_zero_leaves_singular_directions_out():
     one = jax.tree.map(lambda x: x[:1], BATCH)
     tx = scale_by_kfac(FN, tikhonov="factored", damping=0.0, refresh_every=10)

@@ -56,7 +56,7 @@ def transformations(loss_fn):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        ("auto_adam", jnp.float32),
+        pytest.param("auto_adam", jnp.float32, marks=pytest.mark.slow),
         pytest.param("eq. 15", jnp.float32, marks=pytest.mark.slow),
         ("eq. 15", jnp.float16),
     ],

@@ -68,7 +68,10 @@ def assert_close(found, exact, rtol):
 
 
 # 1, a number that divides the 10 tokens, two that do not, and more than there are.
-@pytest.mark.parametrize("chunk_size", [1, 5, 4, 7, 100])
+@pytest.mark.parametrize(
+    "chunk_size",
+    [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5, 7, 100))],
+)
 def test_losses_and_gradients_are_those_of_dense_logits(chunk_size):
     params, batch, _ = problem()
     hidden, kernel, bias = features(params, batch[0])
@@ -99,7 +102,7 @@ def test_without_a_bias_the_logits_are_a_product():
     [
         (jnp.float64, 1e-12),
         pytest.param(jnp.float32, 1e-5, marks=pytest.mark.slow),
-        (jnp.bfloat16, 0.05),
+        pytest.param(jnp.bfloat16, 0.05, marks=pytest.mark.slow),
     ],
 )
 def test_products_are_those_of_dense_logits(dtype, rtol):

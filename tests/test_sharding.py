@@ -181,7 +181,6 @@ FAST = {
     ("lanczos", "split", "explicit"),
     ("moments, scan", "both", "automatic"),
     ("auto_adam", "both", "automatic"),
-    ("auto_damping(kfac)", "split", "explicit"),
 }
 # Each case in each layout, and on both kinds of mesh.
 MESHES = [

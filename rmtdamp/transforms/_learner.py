@@ -120,10 +120,11 @@ class DampingLearner:
                 f"loss_fn is {type(self.loss_fn).__name__}: hand over a function "
                 "loss_fn(params, batch, *loss_args) that returns the mean loss"
             )
-        if not callable(self.rule):
+        if not callable(self.rule) or isinstance(self.rule, type):
             raise TypeError(
                 f"rule is {self.rule!r}: hand over a function of what is known "
-                "(Evidence) to Shrinkage, such as rmtdamp.identity_target"
+                "(Evidence) to Shrinkage, such as rmtdamp.identity_target, or an "
+                "instance, rmtdamp.StabilityFloor()"
             )
         check_range("floor", self.floor, lambda x: x >= 0, "at least 0")
         check_range("decay", self.decay, lambda x: 0 <= x < 1, "in [0, 1)")

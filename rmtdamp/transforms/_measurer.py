@@ -406,7 +406,7 @@ def check_state(opt_state: optax.OptState) -> None:
     call it after the first measurement of a compiled step, and when a run looks odd.
 
     Args:
-        opt_state: the optimiser's state, any chain or wrapper.
+        opt_state: the optimiser's state, any chain or wrapper, `nnx.Optimizer`'s too.
 
     Example:
         >>> import jax.numpy as jnp, warnings
@@ -420,6 +420,10 @@ def check_state(opt_state: optax.OptState) -> None:
         >>> print(str(caught[0].message)[:50])
         rmtdamp: the loss of a batch is not the mean of it
     """
+    # Flax's nnx keeps every array of a state in a variable.
+    boxed = lambda x: hasattr(x, "get_raw_value")
+    bare = lambda x: x.get_raw_value() if boxed(x) else x
+    opt_state = jax.tree.map(bare, opt_state, is_leaf=boxed)
     knows = lambda node: hasattr(node, "problems")
     for node in jax.tree.leaves(opt_state, is_leaf=knows):
         _warn(node)
