@@ -162,13 +162,15 @@ def _run(args, console) -> None:
                     bar = progress.add_task(
                         f"{method}, seed {seed}", total=settings.epochs, note=""
                     )
-                    for record in train(data, method, settings, seed):
+                    kept = runs.unfinished(method, seed)
+                    for record in train(data, method, settings, seed, kept):
                         records.append(record)
                         seen = f"test loss {record.test_loss:.4f}"
                         note = "diverged" if record.diverged else seen
                         progress.update(bar, advance=1, note=note)
                     progress.remove_task(bar)
                     runs.save(method, seed, records)
+                    kept.remove()
                 results[method].append(records)
                 progress.advance(total)
     write_report(results, runs)
@@ -193,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(  # noqa: T201
-            "rmtdamp: interrupted; the same command goes on from the last finished run",
+            "rmtdamp: interrupted; the same command goes on where it stopped",
             file=sys.stderr,
         )
         return 130

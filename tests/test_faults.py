@@ -27,19 +27,21 @@ from problems import mlp, mlp_batch, mlp_loss
 from test_paper_data import CIFAR_100, IDX, write, zipped
 
 import rmtdamp
+from benchmarks.shared import training
 from benchmarks.shared.data import load
 from benchmarks.shared.runs import Run, load as load_runs, path_of, perform, save
 from rmtdamp import damping as rules
 from rmtdamp._cli import WriteError, write_whole
-from rmtdamp.demo import _data
-from rmtdamp.demo._data import DataError, load_idx
+from rmtdamp.demo import _data, _train, _unfinished
+from rmtdamp.demo._data import DataError, load_digits, load_idx
 from rmtdamp.demo._report import ReportError, Runs
 from rmtdamp.demo._train import Record, Settings
+from rmtdamp.demo._unfinished import Unfinished
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 ROOT = pathlib.Path(__file__).parents[1]
-KILLS = int(os.environ.get("RMTDAMP_KILLS", "3"))
+KILLS = int(os.environ.get("RMTDAMP_KILLS", "2"))
 get = optax.tree.get
 
 # Numbers.
@@ -456,6 +458,107 @@ def test_damaged_lines_of_runs_are_named_made_again_or_whole(tmp_path_factory, d
     shutil.rmtree(folder)
 
 
+# Runs that are cut short.
+
+ARRAYS = {"w": jnp.arange(6, dtype=jnp.bfloat16), "key": jax.random.key(3)}
+
+
+@pytest.fixture
+def kept_at_once(monkeypatch):
+    monkeypatch.setattr(_unfinished, "SECONDS", 0.0)
+
+
+def cut_short(monkeypatch, module, name, after):
+    """That function's calls are counted; after so many it is interrupted, once."""
+    calls, original, left = [], getattr(module, name), iter(range(after))
+
+    def counted(*args):
+        calls.append(args)
+        if next(left, None) is None and len(calls) == after + 1:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+
+def without_speed(records):
+    return [record._replace(steps_per_second=0.0) for record in records]
+
+
+@pytest.mark.usefixtures("kept_at_once")
+def test_a_run_of_the_main_job_goes_on_inside_itself(tmp_path, monkeypatch):
+    run = load_digits(), "auto-adam", Settings(epochs=5, width=8, every=5), 0
+    whole = list(_train.train(*run))
+    kept = Runs(tmp_path, "digits", run[2]).unfinished("auto-adam", 0)
+    calls = cut_short(monkeypatch, _train, "_train_epoch", after=3)
+    with pytest.raises(KeyboardInterrupt):
+        list(_train.train(*run, kept))
+    again = list(_train.train(*run, kept))
+    assert without_speed(again) == without_speed(whole)
+    assert len(calls) == 5 + 1
+    kept.remove()
+    assert not [*tmp_path.rglob("*.unfinished")]
+
+
+@pytest.mark.usefixtures("kept_at_once")
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_run_of_an_experiment_goes_on_inside_itself(tmp_path, monkeypatch, by_hand):
+    config = {
+        "task": {"dataset": "digits", "model": "mlp", "width": 0.1},
+        "method": {"optimizer": "adam", "learned": True, "refresh_every": 5},
+        "learning_rate": 1e-3, "damping": 1e-3, "epochs": 5, "batch_size": 256,
+    }  # fmt: skip
+    function = training.train if by_hand else training.train_scanned
+    asked = [Run(function, config | {"seed": 3})]
+    (whole,) = perform("whole", asked, tmp_path, tmp_path / "whole")
+    name = "_by_hand" if by_hand else "_scanned"
+    total = 5 if by_hand else 10
+    calls = cut_short(monkeypatch, training, name, after=3)
+    for _ in range(2):
+        with contextlib.suppress(KeyboardInterrupt):
+            (again,) = perform("again", asked, tmp_path, tmp_path / "again")
+    assert again | {"seconds": 0} == whole | {"seconds": 0}
+    assert len(calls) == total + 1
+    assert not list(tmp_path.rglob("unfinished/*"))
+
+
+@pytest.mark.usefixtures("kept_at_once")
+@sample
+@given(data=st.data())
+def test_a_damaged_unfinished_run_is_whole_or_none(tmp_path_factory, data):
+    kept = Unfinished(tmp_path_factory.mktemp("kept") / "run")
+    kept.save(ARRAYS, [1, math.nan])
+    kept.path.write_bytes(data.draw(damaged(kept.path.read_bytes())))
+    if (found := kept.load(ARRAYS)) is not None:
+        np.testing.assert_equal(np.asarray(found[0]["w"]), np.asarray(ARRAYS["w"]))
+        assert found[0]["key"] == ARRAYS["key"]
+        np.testing.assert_equal(found[1], [1, math.nan])
+    shutil.rmtree(kept.path.parent)
+
+
+@pytest.mark.usefixtures("kept_at_once")
+@pytest.mark.parametrize(
+    "other", [{"w": jnp.ones(6)}, {"w": jnp.ones(6), "key": jax.random.key(0)}, {}]
+)
+def test_an_unfinished_run_of_another_tree_is_none(tmp_path, other):
+    kept = Unfinished(tmp_path / "run")
+    assert kept.load(ARRAYS) is None
+    kept.save(ARRAYS, [])
+    assert kept.load(ARRAYS)[1] == []
+    assert kept.load(other) is None
+
+
+def test_little_is_written_and_nothing_without_a_file(tmp_path):
+    kept = Unfinished(tmp_path / "run")
+    kept.save(ARRAYS, [])
+    assert not kept.path.exists()
+    nowhere = Unfinished(None)
+    nowhere.save(ARRAYS, [])
+    nowhere.remove()
+    assert nowhere.load(ARRAYS) is None
+
+
 # A full disk.
 
 
@@ -501,30 +604,40 @@ def test_the_main_job_says_so_in_one_line(tmp_path, capsys):
 
 # Kills.
 
-MAIN_JOB = [
-    *("-m", "rmtdamp", "--epochs", "2", "--width", "8", "--every", "5"),
-    *("--seeds", "2", "--methods", "sgd", "auto-adam", "--out", "out"),
-]
+MAIN_JOB = textwrap.dedent(
+    """
+    from rmtdamp.__main__ import main
+    from rmtdamp.demo import _unfinished
+
+    _unfinished.SECONDS = 0.0
+    options = "--epochs 5 --width 8 --every 5 --seeds 2 --methods sgd auto-adam".split()
+    raise SystemExit(main([*options, "--out", "out"]))
+    """
+)
 PAPER = textwrap.dedent(
     """
-    import pathlib, time
-    import numpy as np
+    import pathlib
     from benchmarks.paper import _experiment
-    from benchmarks.shared import claims, report
+    from benchmarks.shared import claims, report, training
     from benchmarks.shared.runs import runs_of
+    from rmtdamp.demo import _unfinished
+
+    _unfinished.SECONDS = 0.0
+    task = {"dataset": "digits", "model": "mlp", "width": 0.1}
+    method = {"optimizer": "adam", "learned": True, "refresh_every": 5}
+    numbers = {"learning_rate": 1e-3, "damping": 1e-3, "epochs": 5, "batch_size": 256}
 
     def walk(folder, *, seed):
-        time.sleep(0.05)
-        steps = np.random.default_rng(seed).normal(size=3000)
-        return {"walk": np.cumsum(steps).tolist(), "seconds": 0.0}
+        asked = {"task": task, "method": method, "seed": seed, **numbers}
+        return {**training.train(folder, **asked), "seconds": 0.0}
 
     words = _experiment.Text("It walks", {}, "small", "A walk.", "So it does.")
     _experiment.texts = lambda: {"walks": words}
     experiment = _experiment.Experiment(
         name="walks",
-        runs=lambda: runs_of(walk, {}, seed=range(40)),
+        runs=lambda: runs_of(walk, {}, seed=range(6)),
         heads=lambda row: {"of": "all"},
-        line=lambda of, found: {"end": found[of][0]["walk"][-1]},
+        line=lambda of, found: {"end": found[of][0]["test_loss"][-1]},
         checks=lambda found: [claims.below("It stays", [1.0, 2.0], 9.0)],
         pictures=[lambda rows: [report.curves([report.Line("w", range(4), range(4))])]],
     )
@@ -555,9 +668,7 @@ def contents(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "command", [MAIN_JOB, ["-c", PAPER]], ids=["main job", "paper runner"]
-)
+@pytest.mark.parametrize("command", [MAIN_JOB, PAPER], ids=["main job", "paper runner"])
 def test_a_job_that_is_killed_at_any_moment_ends_with_the_same_numbers(
     tmp_path, command, record_property
 ):
@@ -571,7 +682,7 @@ def test_a_job_that_is_killed_at_any_moment_ends_with_the_same_numbers(
     def start(name):
         (tmp_path / name / "out").mkdir(parents=True, exist_ok=True)
         return subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, "-c", command],
             cwd=tmp_path / name,
             env=environment,
             stdout=subprocess.DEVNULL,

@@ -1,14 +1,17 @@
 """Finished runs, one line each: what was asked for -> what came out.
 
 A run is a function and the JSON that it is called with: whoever asks for the same run,
-in this experiment or another, gets its line. A kill loses the run being made and no
-other; made again it gives the same numbers, for seeds are part of what is asked for.
+in this experiment or another, gets its line. A kill loses what the run being made has
+not yet left in its folder `unfinished`, and no more; made again it gives the same
+numbers, for seeds are part of what is asked for.
 """
 
+import contextvars
 import functools
 import itertools
 import json
 import pathlib
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -16,7 +19,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import rich.progress
 
+from rmtdamp.demo._unfinished import Unfinished, digest
+
 Row = dict[str, Any]  # a run's config and its result, side by side
+
+
+_folder = contextvars.ContextVar[pathlib.Path | None]("folder", default=None)
+
+
+def unfinished(*of: Any) -> Unfinished:
+    """Where the run that `perform` is making keeps what it was asked for as `of`."""
+    folder = _folder.get()
+    return Unfinished(folder / digest(*of) if folder else None)
 
 
 class Run(NamedTuple):
@@ -104,7 +118,12 @@ def perform(
         if run.key in load(path):
             continue
         start = time.perf_counter()
-        result = run.function(folder, **run.config)
+        kept = path.parent / "unfinished" / digest(path.stem, run.key)
+        token = _folder.set(kept)
+        try:
+            result = run.function(folder, **run.config)
+        finally:
+            _folder.reset(token)
         result.setdefault("seconds", round(time.perf_counter() - start, 1))
         if shared := sorted(set(result) & set(run.config)):
             raise ValueError(
@@ -112,4 +131,5 @@ def perform(
                 "config holds too: give the result another name"
             )
         save(path, run, result)
+        shutil.rmtree(kept, ignore_errors=True)
     return finished(runs, results)

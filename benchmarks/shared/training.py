@@ -26,7 +26,7 @@ from rmtdamp.demo._train import cross_entropy, scalar
 
 from . import data, models
 from .optimizers import Method, Network, Numbers, dampings, refreshed, transformation
-from .runs import Row, rounded
+from .runs import Row, rounded, unfinished
 
 LENGTH = 64  # of a text's windows
 CURVES = ("train_loss", "train_error", "test_loss", "test_error")
@@ -224,8 +224,10 @@ def fit(
     """Train, evaluating every so many epochs and at the end, or so many times.
 
     The latter ends with the last evaluation, each of as many training as test examples.
-    A training loss of at most `until` ends the run.
+    A training loss of at most `until` ends the run. After a kill, what `perform` makes
+    goes on from an evaluation.
     """
+    asked = sorted(dict(locals(), folder=None).items())
     with_factors = method.optimizer.startswith("kfac")
     found = prepare(folder, task, seed, with_factors, factor)
     (train, test, *valid), network, params, loss_args, _ = found
@@ -249,7 +251,13 @@ def fit(
     curves: Row = {name: [] for name in ("step", *names, "damping", "variance")}
     if task.imbalance != 1:
         curves["class_errors"] = []
+    kept = unfinished(asked)
+    if (found := kept.load(carry)) is not None:
+        carry, curves = found
+    done = curves["step"]
     for start, end in itertools.pairwise([0, *ends]):
+        if end in done:
+            continue
         rows = np.concatenate(order).reshape(-1, batch_size)[start:end].astype(np.int32)
         carry = advance(method, network, numbers, carry, train, rows, start)
         parts = judged, test, *valid
@@ -262,6 +270,7 @@ def fit(
             curves[name].append(value)
         if by_hand and not until < scores[0] < math.inf:
             break
+        kept.save(carry, curves)
     return Trained(network, *carry, (train, test), curves)
 
 

@@ -1,7 +1,8 @@
 """Finished runs -> a table on the terminal, a picture and one JSON file.
 
 The report folder is also the memory: each run is one file in `runs/`, written whole or
-not at all, and a run whose file is there is not trained again.
+not at all, and a run whose file is there is not trained again. A run that was cut short
+goes on from what its `.unfinished` file keeps.
 """
 
 import json
@@ -18,6 +19,7 @@ from rich.table import Table
 from rmtdamp._cli import write_whole
 
 from ._train import METHODS, Record, Settings
+from ._unfinished import Unfinished
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -78,6 +80,10 @@ class Runs:
         if not ends or epochs != list(range(1, len(epochs) + 1)):
             raise ReportError(f"{path} is damaged: delete it to run it again")
         return records
+
+    def unfinished(self, method: str, seed: int) -> Unfinished:
+        """What is kept of a run while it is made."""
+        return Unfinished(self._path(method, seed).with_suffix(".unfinished"))
 
     def save(self, method: str, seed: int, records: list[Record]) -> None:
         """Keep a finished run."""

@@ -18,6 +18,7 @@ import rmtdamp.flax
 from rmtdamp.damping import StabilityFloor
 
 from ._data import Dataset
+from ._unfinished import Unfinished
 
 FAST = "-fast"  # at the end of a method's name: at a hundred times the learning rate
 DEFAULT_METHODS = ("sgd", "adam", "auto-adam", "adam-fast", "auto-adam-fast")
@@ -196,9 +197,13 @@ def scalar(opt_state, name) -> float | None:
 
 
 def train(
-    data: Dataset, method: str, settings: Settings, seed: int
+    data: Dataset,
+    method: str,
+    settings: Settings,
+    seed: int,
+    unfinished: Unfinished = Unfinished(None),  # noqa: B008, holds no state
 ) -> Iterator[Record]:
-    """Train once, yielding a record per epoch.
+    """Train once, yielding a record per epoch; those that `unfinished` kept come first.
 
     The seed fixes the initial weights and the order of the data, so that the methods
     at one seed differ in nothing else. The first epoch's speed may hold compilation. A
@@ -211,8 +216,15 @@ def train(
     opt_state = tx.init(params)
     train_data, test_data = jax.device_put((data.train, data.test))
     rng = np.random.default_rng(seed)
+    records = []
+    if (kept := unfinished.load((params, opt_state))) is not None:
+        (params, opt_state), rows = kept
+        records = [Record(*row) for row in rows]
+    yield from records
     for epoch in range(1, settings.epochs + 1):
         order = rng.permutation(len(data.train[1]))[: num_batches * settings.batch_size]
+        if epoch <= len(records):
+            continue
         order = jnp.asarray(order.reshape(num_batches, -1))
         start = time.perf_counter()
         params, opt_state = jax.block_until_ready(
@@ -227,6 +239,8 @@ def train(
             measured_variance=scalar(opt_state, "measured_variance"),
             steps_per_second=num_batches / seconds,
         )
+        records.append(record)
         yield record
         if record.diverged:
             return
+        unfinished.save((params, opt_state), records)
