@@ -527,14 +527,15 @@ def test_a_run_of_an_experiment_goes_on_inside_itself(tmp_path, monkeypatch, by_
 @sample
 @given(data=st.data())
 def test_a_damaged_unfinished_run_is_whole_or_none(tmp_path_factory, data):
-    kept = Unfinished(tmp_path_factory.mktemp("kept") / "run")
+    path = tmp_path_factory.mktemp("kept") / "run"
+    kept = Unfinished(path)
     kept.save(ARRAYS, [1, math.nan])
-    kept.path.write_bytes(data.draw(damaged(kept.path.read_bytes())))
+    path.write_bytes(data.draw(damaged(path.read_bytes())))
     if (found := kept.load(ARRAYS)) is not None:
         np.testing.assert_equal(np.asarray(found[0]["w"]), np.asarray(ARRAYS["w"]))
         assert found[0]["key"] == ARRAYS["key"]
         np.testing.assert_equal(found[1], [1, math.nan])
-    shutil.rmtree(kept.path.parent)
+    shutil.rmtree(path.parent)
 
 
 @pytest.mark.usefixtures("kept_at_once")
@@ -552,7 +553,7 @@ def test_an_unfinished_run_of_another_tree_is_none(tmp_path, other):
 def test_little_is_written_and_nothing_without_a_file(tmp_path):
     kept = Unfinished(tmp_path / "run")
     kept.save(ARRAYS, [])
-    assert not kept.path.exists()
+    assert not list(tmp_path.iterdir())
     nowhere = Unfinished(None)
     nowhere.save(ARRAYS, [])
     nowhere.remove()

@@ -11,6 +11,7 @@ import scipy.stats
 from matfree import stochtrace
 from problems import dense_hessian, mlp, mlp_batch, mlp_loss, symmetric
 
+from rmtdamp._tree import rademacher
 from rmtdamp.hessian._trace import diagonal, trace
 
 TRACE = ["hutchinson", "hutch++", "xtrace"]
@@ -148,7 +149,7 @@ def test_a_matrix_whose_norm_has_no_square_in_float32(method, unit):
 def test_hutchinson_is_matfree_with_the_same_probes():
     matrix, like = decaying(jax.random.key(0)), jnp.zeros(40)
     key, count = jax.random.key(1), 9
-    probes = drawn(key, 1, count, 40, jax.random.rademacher)
+    probes = drawn(key, 1, count, 40, rademacher)
     for estimator, integrand in (
         (trace, stochtrace.monte_carlo_trace()),
         (diagonal, stochtrace.monte_carlo_diagonal()),

@@ -9,6 +9,7 @@ import zlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import serialization
 
 from rmtdamp._cli import write_whole
@@ -40,7 +41,7 @@ class Unfinished:
             content = gzip.decompress(self.path.read_bytes())  # checks a checksum
             found = serialization.msgpack_restore(content)
             kept = [found["arrays"][str(i)] for i in range(len(found["arrays"]))]
-            records = json.loads(found["records"])
+            records = json.loads(str(found["records"]))
         except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):
             return None
         plain = [_plain(x) for x in leaves]
@@ -76,7 +77,7 @@ def digest(*of: Any) -> str:
 
 
 def _is_key(x) -> bool:
-    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _plain(x):
@@ -86,4 +87,4 @@ def _plain(x):
 def _like(x, like):
     if _is_key(like):
         return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like))
-    return jax.numpy.asarray(x)
+    return jnp.asarray(x)

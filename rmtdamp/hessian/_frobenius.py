@@ -6,7 +6,7 @@ import numpy as np
 
 from rmtdamp._basis import draw, magnitude, normalised
 from rmtdamp._jax import is_traced
-from rmtdamp._tree import check_params
+from rmtdamp._tree import check_params, rademacher
 from rmtdamp._types import Key, Matvec, Params
 
 from ._apply import multiply
@@ -65,7 +65,7 @@ def frobenius_norm(
 
 
 def _probe(key, i, like):
-    return draw(jax.random.fold_in(key, i), like, jax.random.rademacher)
+    return draw(jax.random.fold_in(key, i), like, rademacher)
 
 
 @jax.jit

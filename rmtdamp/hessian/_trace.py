@@ -29,6 +29,7 @@ from rmtdamp._tree import (
     aligned,
     check_params,
     norm,
+    rademacher,
     scale,
     size,
     vdot,
@@ -171,7 +172,7 @@ def _deflated(matvec, like, key, num_probes, width, diagonal, traced):
         return _add_exact(exact, basis, unit, image, diagonal)
 
     def add_sample(carry, i):
-        probe = _random(second, i, like, jax.random.rademacher)
+        probe = _random(second, i, like, rademacher)
         rest = probe if basis is None else _outside(basis, probe)
         image = multiply(matvec, like, rest)
         return _add_sample(carry, i, basis, probe, rest, image, diagonal)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from rmtdamp import rmt
@@ -95,7 +96,7 @@ def density(
     if variance is not None and float(variance) > 0:
         s = float(variance) ** 0.5
         x = 2 * s * np.sin(np.linspace(-np.pi / 2, np.pi / 2, 401))
-        law = np.asarray(rmt.semicircle_density(x, s**2))
+        law = np.asarray(jax.jit(rmt.semicircle_density)(x, s**2))
         label = f"semicircle, edges ±{2 * s:.2g}"
         ax.plot(x, np.maximum(law, floor), color=LAW, lw=1.5, label=label)
         top = max(top, float(law.max()))

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rmtdamp import rmt
@@ -11,11 +13,12 @@ from rmtdamp.outliers import Outliers
 from ._axis import BULK, LAW, SPIKE, Axes, FuncFormatter, own_axes
 
 
-def _theorem_1(magnitudes: np.ndarray, variance: float) -> np.ndarray:
+@jax.jit
+def _theorem_1(magnitudes, variance):
     """overlap^2 with the truth of what a batch shows in noise of a semicircle."""
-    true = np.asarray(rmt.true_eigenvalue(magnitudes, variance))
-    true = np.where(np.isnan(true), 0, true)
-    return np.asarray(rmt.overlap_squared(true, variance))
+    return rmt.overlap_squared(
+        jnp.nan_to_num(rmt.true_eigenvalue(magnitudes, variance)), variance
+    )
 
 
 def eigenvector_overlap(
@@ -103,7 +106,7 @@ def eigenvector_overlap(
     if variance is not None:
         lower = min(lower, 0.9 * (2 * float(variance) ** 0.5 or lower))
         grid = np.geomspace(lower, upper, 400)
-        law = _theorem_1(grid, float(variance)) ** batches
+        law = np.asarray(_theorem_1(grid, float(variance))) ** batches
         label = "Theorem 1 (semicircle)"
         ax.plot(grid, law, color=LAW, lw=1.5, ls="--", label=label)
     ax.set_xscale("log")

@@ -20,6 +20,7 @@ from ._measure import Report
 MOMENTUM = 0.9
 # Compiled whole: operation by operation, as much again as the rest of the page.
 scaled_identity_target = jax.jit(damping.scaled_identity_target)
+semicircle_edge = jax.jit(rmt.semicircle_edge)
 stable_learning_rate = jax.jit(
     stability.stable_learning_rate, static_argnames="momentum"
 )
@@ -46,7 +47,7 @@ def _quadrature(spectrum: SpectralDensity) -> dict[str, Any]:
 def _kurtosis(report: Report) -> float:
     """P^-1 Tr X^4 / (P^-1 Tr X^2)^2: 2 for a semicircle, more for heavy tails."""
     noise = report.noise_density
-    return float(noise.moment(4)[0] / noise.moment(2)[0] ** 2)
+    return float(noise.moment(4)[0]) / float(noise.moment(2)[0]) ** 2
 
 
 def _edge(report: Report) -> float:
@@ -81,8 +82,8 @@ def as_json(report: Report) -> dict[str, Any]:
         "trace": {
             "value": _number(report.trace.value),
             "stderr": _number(report.trace.stderr),
-            "per_parameter": _number(report.trace.value / p),
-            "per_parameter_stderr": _number(report.trace.stderr / p),
+            "per_parameter": _number(float(report.trace.value) / p),
+            "per_parameter_stderr": _number(float(report.trace.stderr) / p),
         },
         **pairs,
         "stable_learning_rate": {
@@ -98,7 +99,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "variance_stderr": _number(noise.variance_stderr),
             "kurtosis": _number(_kurtosis(report)),
             "edge": _number(_edge(report)),
-            "semicircle_edge": _number(rmt.semicircle_edge(noise.variance)),
+            "semicircle_edge": _number(semicircle_edge(noise.variance)),
         },
         "damping": {
             "identity": _number(identity_target(noise).damping),
@@ -201,9 +202,9 @@ def page(report: Report, name: str) -> Group:
     kind = "batch 0 alone" if report.batch_only else f"{report.num_batches} batches"
     residual = lambda pairs: f"residual {float(pairs.residuals[0]):.1g}"
     largest = report.largest.eigenvalues[0]
-    per_parameter = _with_error(report.trace.value / p, report.trace.stderr / p)
+    per_parameter = _with_error(*(float(x) / p for x in report.trace))
     momentum = stable_learning_rate(largest, momentum=MOMENTUM)
-    edge, semicircle = _edge(report), float(rmt.semicircle_edge(noise.variance))
+    edge, semicircle = _edge(report), float(semicircle_edge(noise.variance))
     whole = _section(
         f"Hessian of {where}: {name}",
         [
