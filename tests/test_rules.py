@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from problems import mlp, mlp_batch, mlp_loss
 
 import rmtdamp
 from rmtdamp import DampingLearner, auto_damping, scale_by_adam_shrinkage
@@ -500,6 +501,31 @@ def test_the_effective_eigenvalue_is_that_of_the_preconditioned_hessian(chained)
     largest = jnp.max(jnp.abs(jnp.linalg.eigvalsh(whole)))
     assert chained or found < 0.9 * largest
     assert get(state, "power_failures") < 100
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_no_measurement_exceeds_the_largest_eigenvalue_of_the_hessian(by_hand):
+    """Under the default floor, where B + delta grows by orders in the first step."""
+    params, batch = mlp(jax.random.key(0)), mlp_batch(jax.random.key(1), 64)
+    learner = DampingLearner(mlp_loss, rule=StabilityFloor.for_adam())
+    every = None if by_hand else 100
+    tx = rmtdamp.auto_adam(0.05, learner, refresh_every=every)
+    unravel = jax.flatten_util.ravel_pytree(params)[1]
+    hessian = jax.jit(jax.hessian(lambda x: mlp_loss(unravel(x), batch)))
+    state, seen = tx.init(params), []
+    update = jax.jit(tx.update)
+    for step in range(9):
+        if by_hand and step in {0, 1, 2, 4, 8}:
+            state = rmtdamp.refresh(state, learner, params, batch)
+        grads = jax.grad(mlp_loss)(params, batch)
+        flat = jax.flatten_util.ravel_pytree(params)[0]
+        updates, state = update(grads, state, params, batch=batch)
+        largest = jnp.max(jnp.abs(jnp.linalg.eigvalsh(hessian(flat))))
+        seen.append(float(get(state, "effective_eigenvalue") / largest))
+        params = optax.apply_updates(params, updates)
+    assert get(state, "refresh_attempts") == 5
+    assert 0.9 < seen[0] < 1
+    assert max(seen[1:]) < 0.5
 
 
 @pytest.mark.slow

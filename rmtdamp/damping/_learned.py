@@ -38,7 +38,6 @@ class Probe(NamedTuple):
     scale: jax.Array  # ||H v||
     cosine: jax.Array  # |v^T H v| / ||H v||
     # Neither NaN nor a bool: optax.contrib.sam selects states by multiplication.
-    energy: jax.Array  # v^T D v with the D that led to v, 0 before
     kept: jax.Array  # (), what is left of the eigenvalue before
     waits: jax.Array  # int32, 1 while the product has not been used
 
@@ -154,7 +153,6 @@ def initial_damping(
             vector=probe,
             scale=number(jnp.nan),
             cosine=number(jnp.nan),
-            energy=number(0),
             kept=jnp.ones((), dtype),
             waits=count(0, shape),
         ),
@@ -411,16 +409,18 @@ def settle_probe(
 ) -> LearnedDamping:
     """The half of a power iteration on D^-1 H, D = B + delta, that the step knows.
 
-    With w = H v the measured product of a vector v, D symmetric and positive,
+    With w = H v the measured product of a unit vector v, D symmetric and positive,
 
-        mu = delta (w^T D^-1 w / v^T D v)^1/2  ->  delta max |lambda(D^-1 H)|
+        mu = delta min(w^T D^-1 w / |v^T w|, ||D^-1 w||)  ->  delta max |lambda(D^-1 H)|
 
-    from below as v <- D^-1 w / ||D^-1 w|| goes on: the norm of D^-1/2 H D^-1/2 along
-    D^1/2 v. (v^T D v is that of the D which led to v, so that one vector is kept and
-    not two; it lags by a measurement.) mu is the largest eigenvalue of H as the
-    preconditioner leaves it: the same where B is zero, smaller where B is as large as H
-    in its sharp directions. It is held as the largest eigenvalue is (`learn_damping`).
-    With labels all this is done in each part: mu_l, v_l, w_l.
+    as v <- D^-1 w / ||D^-1 w|| goes on. The first is u^T A^2 u / |u^T A u| of A =
+    D^-1/2 H D^-1/2 along u = D^1/2 v: exact for an H of rank one, and not above the
+    largest eigenvalue of a positive A. The second bounds it by ||H v|| where H curves
+    both ways along v. Neither needs v, of which a step knows the product alone, nor a D
+    of before. mu is the largest eigenvalue of H as the preconditioner leaves it: the
+    same where B is zero, smaller where B is as large as H in its sharp directions. It
+    is held as the largest eigenvalue is (`learn_damping`). With labels all this is done
+    in each part: mu_l, v_l, w_l.
 
     Args:
         learned: the state, with a probe in it.
@@ -445,13 +445,12 @@ def settle_probe(
         found = solve(probe.vector)
         squared = parts.vdot(probe.vector, found)  # of w / ||w||
         vector, length = parts.normalised(found)
-        waits, first = probe.waits > 0, probe.energy == 0
-        value = learned.damping * probe.scale * jnp.sqrt(squared / probe.energy)
-        value = jnp.where(first, learned.effective_eigenvalue, value)
-        good = waits & jnp.isfinite(value) & (value > 0) & jnp.isfinite(length)
-        # The cosine of v and D^-1 w in the inner product of D.
-        agrees = first | (probe.cosine > SETTLED * jnp.sqrt(squared * probe.energy))
-        failed = waits & ~agrees
+        waits, quotient = probe.waits > 0, squared / probe.cosine
+        value = learned.damping * probe.scale * jnp.minimum(quotient, length)
+        good = waits & jnp.isfinite(value) & (value > 0)
+        # Where v is an eigenvector of D^-1 H both are its eigenvalue.
+        near = (quotient > SETTLED * length) & (length > SETTLED * quotient)
+        failed = waits & ~near
         held = _held(learned.effective_eigenvalue, value, probe.kept)
         keep = lambda new, old: jnp.where(good, new.astype(old.dtype), old)
         return learned._replace(
@@ -464,11 +463,6 @@ def settle_probe(
                     parts.spread(good, vector),
                     vector,
                     probe.vector,
-                ),
-                energy=jnp.where(
-                    good,
-                    squared / length**2,
-                    jnp.where(waits, 0, probe.energy),
                 ),
                 waits=jnp.zeros_like(probe.waits),
             ),
