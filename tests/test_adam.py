@@ -177,8 +177,12 @@ def test_cost_is_that_of_optax_adam():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="form is 'both': choose from 'damping'"):
         scale_by_adam_shrinkage(form="both")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(TypeError, match="sgd has no argument 'eps': choose from learn"):
+    with pytest.raises(
+        TypeError, match="sgd has no damping 'eps': choose from nothing"
+    ):
         with_damping(optax.sgd)
+    with pytest.raises(TypeError, match="no damping 'learning_rate': choose from de"):
+        with_damping(optax.rmsprop, "learning_rate")
 
 
 @pytest.mark.parametrize("damping", [1e-8, 0.3, 1e4])

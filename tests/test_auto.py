@@ -19,7 +19,14 @@ from rmtdamp import (
     set_damping,
     with_damping,
 )
-from rmtdamp.damping import learn_damping
+from rmtdamp.damping import (
+    GradientNorm,
+    Shrinkage,
+    StabilityFloor,
+    identity_target,
+    learn_damping,
+    needs,
+)
 from rmtdamp.hessian import moments
 from rmtdamp.transforms._measurer import is_due
 
@@ -583,9 +590,11 @@ LARGE = mlp_batch(jax.random.key(1), 128, SIZES, jnp.float32)
         (dropout_loss, (jax.random.key_data(jax.random.key(3)),)),
     ],
 )
-def test_a_loss_that_is_no_mean_is_counted_and_named(loss, loss_args):
-    learner = DampingLearner(loss)
-    tx = owned(learner, refresh_every=1)
+@pytest.mark.parametrize("rule", [identity_target, StabilityFloor.for_adam()])
+def test_a_loss_that_is_no_mean_is_counted_and_named(loss, loss_args, rule):
+    """Whether moments are measured, with the losses beside them, or an eigenvalue."""
+    learner = DampingLearner(loss, rule=rule)
+    tx = owned(learner, refresh_every=1, learning_rate=1e-3)
     _, state = take_steps(tx, 2, batch=LARGE, loss_args=loss_args)
     assert get(state, "loss_mismatches") == 1
     with pytest.warns(UserWarning, match="is not the mean of its microbatches"):
@@ -596,10 +605,14 @@ def test_a_loss_that_is_no_mean_is_counted_and_named(loss, loss_args):
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1.0, 1e3])
-def test_a_mean_is_no_mismatch_at_any_scale(factor):
+@pytest.mark.parametrize("rule", [identity_target, StabilityFloor.for_adam()])
+@pytest.mark.parametrize("count", [128, 127])
+def test_a_mean_is_no_mismatch_at_any_scale(factor, rule, count):
     loss = lambda params, batch: factor * mlp_loss(params, batch)
-    learner = DampingLearner(loss, min_shrinkage=1e-9)
-    state = refresh(owned(learner).init(PARAMS), learner, PARAMS, LARGE)
+    learner = DampingLearner(loss, min_shrinkage=1e-9, rule=rule)
+    tx = owned(learner, learning_rate=1e-3)
+    batch = jax.tree.map(lambda x: x[:count], LARGE)
+    state = refresh(tx.init(PARAMS), learner, PARAMS, batch)
     assert get(state, "loss_mismatches") == 0  # and warnings are errors here
 
 
@@ -622,6 +635,69 @@ def test_a_run_whose_measurements_all_fail_says_so():
     _, state = take_steps(owned(refresh_every=1), 2, batch=bad)
     with pytest.warns(UserWarning, match="no measurement of the damping could be used"):
         rmtdamp.check_state(state)
+
+
+def lost(known):
+    return Shrinkage(known.max_eigenvalue * known.learning_rate)
+
+
+@pytest.mark.parametrize("names", [("moments", "learning_rate"), ("learning_rate",)])
+def test_a_rule_that_reads_what_it_does_not_name_says_so(names):
+    learner = DampingLearner(mlp_loss, rule=needs(*names)(lost), floor=1e-2)
+    tx = owned(learner, refresh_every=2, learning_rate=1e-3)
+    _, state = take_steps(tx, 5)
+    assert get(state, "damping") == np.float32(1e-2)
+    assert get(state, "refresh_rejections") == (4 if "moments" in names else 1)
+    with pytest.warns(UserWarning, match="reads what it does not name among its"):
+        rmtdamp.check_state(state)
+
+
+@pytest.mark.parametrize("rule", [identity_target, StabilityFloor.for_adam()])
+def test_steps_without_the_measurement_by_hand_say_so(rule):
+    learner = DampingLearner(mlp_loss, rule=rule)
+    tx = optax.chain(
+        optax.clip(1.0), owned(learner, refresh_every=None, learning_rate=1e-3)
+    )
+    rmtdamp.check_state(tx.init(PARAMS))  # nothing to say yet
+    _, state = take_steps(tx, 1)
+    with pytest.warns(UserWarning, match="steps were taken and nothing was measured"):
+        rmtdamp.check_state(state)
+    rmtdamp.check_state(refresh(state, learner, PARAMS, BATCH))
+
+
+def test_a_rule_that_needs_no_measurement_is_none_the_worse_for_it():
+    learner = DampingLearner(mlp_loss, rule=GradientNorm(), floor=1e-2)
+    _, state = take_steps(owned(learner, refresh_every=None), 2)
+    assert get(state, "last_refresh") == -2
+    rmtdamp.check_state(state)
+
+
+def test_the_states_of_many_runs_are_looked_at_together():
+    learner = DampingLearner(sum_loss, rule=StabilityFloor.for_adam())
+    tx = owned(learner, refresh_every=None, learning_rate=1e-3)
+    starts = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), PARAMS)
+    states = jax.vmap(tx.init)(starts)
+    rmtdamp.check_state(states)
+    by_hand = lambda state, params: refresh(state, learner, params, LARGE)
+    states = jax.vmap(by_hand)(states, starts)
+    with pytest.warns(UserWarning, match="is not the mean of its microbatches"):
+        rmtdamp.check_state(states)
+    assert get(states, "loss_mismatches").tolist() == [1, 1]
+
+
+def test_another_learner_is_refused_by_hand():
+    tx = auto_adam(1e-3, mlp_loss, refresh_every=None)
+    with pytest.raises(ValueError, match="is not that of a learner with the rule"):
+        refresh(tx.init(PARAMS), DampingLearner(mlp_loss), PARAMS, BATCH)
+
+
+@pytest.mark.parametrize(
+    ("rule", "b1"),
+    [(StabilityFloor(), 0.9), (StabilityFloor.for_adam(), 0.0)],
+)
+def test_a_floor_for_another_momentum_is_refused(rule, b1):
+    with pytest.raises(ValueError, match=rf"take StabilityFloor.for_adam\({b1}\)"):
+        auto_adam(1e-3, DampingLearner(mlp_loss, rule=rule), b1)
 
 
 def test_a_run_that_sits_on_the_bound_says_so():

@@ -199,6 +199,10 @@ def rule_of(method: Method):
         "aware floor": StabilityFloor.for_adam(MOMENTUM)
         if averaged
         else floor(64.0, preconditioned=True),
+        **{
+            f"aware floor, c = {c}": floor(float(c), preconditioned=True)
+            for c in (8, 16)
+        },
         "relative": relative_target,
         "mean fraction": MeanFraction(0.1),
         "largest fraction": LargestFraction(0.01),

@@ -71,7 +71,8 @@ class LearnedDamping(NamedTuple):
     average_variance: jax.Array  # decayed average of m, NaN before
     max_eigenvalue: jax.Array  # largest |lambda| of H, see `learn_damping`, NaN before
     effective_eigenvalue: jax.Array  # see `settle_probe`, NaN before
-    last_refresh: jax.Array  # int32, step of the last attempt, -1 before
+    # int32, step of the last attempt, -1 before, -2 where the rule needs none
+    last_refresh: jax.Array
     refresh_attempts: jax.Array  # int32, measurements made
     refresh_rejections: jax.Array  # int32, of which changed nothing
     refresh_caps: jax.Array  # int32, of which met the bound of the shrinkage
@@ -80,23 +81,32 @@ class LearnedDamping(NamedTuple):
     eigenvector: Params = None  # where the power iteration is; None where none is asked
     probe: Any = None  # a `Probe`, of a power iteration that waits for a preconditioner
 
+    @property
+    def waits(self) -> jax.Array:
+        """Whether the rule needs a measurement and has had none."""
+        return self.last_refresh == -1
+
     def problems(self) -> list[str]:
         """What a user should know of a run, in words; eager."""
         found = []
-        if self.loss_mismatches > 0:
+        if (self.loss_mismatches > 0).any():
             found.append(
                 "the loss of a batch is not the mean of its microbatches' losses, so "
                 "the measured variance is not that of a batch: a sum in place of a "
                 "mean, dropout, batch statistics? rmtdamp.check_loss(loss_fn, params, "
                 "batch) tells"
             )
+        # Under `vmap` a counter has an entry for each run, before those of labels.
+        rejections = self.refresh_rejections
         tried = self.refresh_attempts
-        if tried > 1 and (self.refresh_rejections == tried).any():
+        tried = tried.reshape(tried.shape + (1,) * (rejections.ndim - tried.ndim))
+        if ((tried != 1) & (rejections > 0) & (rejections >= tried)).any():
             found.append(
                 "no measurement of the damping could be used "
                 '(optax.tree.get(opt_state, "refresh_rejections")): it stays at its '
                 "floor; the Hessian is not finite, a batch holds one example, or the "
-                "rule finds no valid damping"
+                "rule finds no valid damping, as one that reads what it does not name "
+                "among its `needs`"
             )
         if (self.refresh_caps > 0).any():
             found.append(
@@ -368,6 +378,7 @@ def decide_damping(
     rule: DampingRule,
     floor,
     min_shrinkage,
+    counted: Any = False,
 ) -> LearnedDamping:
     """What a rule that looks at the step decides in it.
 
@@ -377,6 +388,8 @@ def decide_damping(
         rule: what is known -> `Shrinkage`.
         floor: added to what the rule decides.
         min_shrinkage: lower bound of beta = 1 / (1 + delta/tau).
+        counted: whether a damping that is not valid is a rejection: in the first step
+            after a measurement.
 
     Returns:
         The state with the damping in force: the one before where the rule finds none.
@@ -399,7 +412,14 @@ def decide_damping(
         2.5
     """
     options = {"floor": floor, "min_shrinkage": min_shrinkage}
-    return _decided(learned, known, jnp.asarray(True), rule=rule, **options)[0]
+    decided, accepted = _decided(
+        learned, known, jnp.asarray(True), rule=rule, **options
+    )
+    # One that is rejected for want of a measurement has been counted as that.
+    tried, rejections = learned.refresh_attempts, learned.refresh_rejections
+    known_enough = (tried == 0) | (rejections < tried)
+    rejected = jnp.asarray(counted) & ~accepted & known_enough
+    return decided._replace(refresh_rejections=rejections + rejected.astype(jnp.int32))
 
 
 def settle_probe(

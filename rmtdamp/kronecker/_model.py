@@ -190,6 +190,14 @@ class ModelFactors:
 
     def _directions(self, outputs, targets, key):
         """The gradients u of each example's loss: leaves (C, N, ...)."""
+        try:
+            jax.eval_shape(self.criterion, outputs, targets)
+        except TypeError as error:
+            raise TypeError(
+                f"criterion(outputs, targets) fails: {error}. It gets what the model "
+                "returns and the batch's targets, not the model: hand over the mean "
+                "loss of outputs, as in cross_entropy(model(inputs), targets)"
+            ) from error
         check_scalar(self.criterion, outputs, targets, ())
         count = num_examples(outputs)
         if self.fisher == "ggn":

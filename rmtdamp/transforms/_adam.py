@@ -41,6 +41,11 @@ def _update_damped(factory, damping, updates, state, params, extra_args):
     return _cast_like(new, updates), _cast_like(new_state, state)
 
 
+# Arguments that are never a damping, whatever the factory.
+_NO_DAMPING = {"learning_rate", "momentum", "nesterov", "weight_decay", "mask", "seed"}
+_NO_DAMPING |= {"b1", "b2", "accumulator_dtype", "mu_dtype"}
+
+
 def with_damping(
     factory: Callable[..., optax.GradientTransformation], argument: str = "eps"
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
@@ -64,7 +69,7 @@ def with_damping(
         argument `damping`.
 
     Raises:
-        TypeError: `factory` has no argument of that name.
+        TypeError: `factory` has no such argument, or one that is no damping.
 
     Example:
         >>> import jax.numpy as jnp
@@ -83,10 +88,12 @@ def with_damping(
             "with_damping(optax.adam)(1e-3)"
         )
     signature = inspect.signature(factory)
-    if argument not in signature.parameters:
+    if argument not in signature.parameters or argument in _NO_DAMPING:
+        known = ", ".join(x for x in signature.parameters if x not in _NO_DAMPING)
         raise TypeError(
-            f"{getattr(factory, '__name__', factory)} has no argument {argument!r}: "
-            f"choose from {', '.join(signature.parameters)}"
+            f"{getattr(factory, '__name__', factory)} has no damping {argument!r}: "
+            f"choose from {known or 'nothing'}, what stands beside its curvature; one "
+            "that divides by none, as sgd and lion, has no damping to learn"
         )
 
     @functools.wraps(factory)

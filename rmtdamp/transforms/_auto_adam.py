@@ -53,7 +53,8 @@ def auto_adam(
         A gradient transformation.
 
     Raises:
-        ValueError: a number out of its range; see `auto_damping` for `update`.
+        ValueError: a number out of its range, a stability floor for another momentum
+            than this Adam's; see `auto_damping` for `update`.
         TypeError: `learner` is neither.
 
     Example:
@@ -73,6 +74,14 @@ def auto_adam(
     if not isinstance(learner, DampingLearner):
         rule = StabilityFloor.for_adam(float(np.asarray(b1)))
         learner = DampingLearner(learner, rule=rule, floor=1e-8)
+    rule, known = learner.rule, isinstance(b1, int | float)
+    floor = isinstance(rule, StabilityFloor)
+    if floor and known and (rule.momentum, rule.averaged) != (b1, True):
+        raise ValueError(
+            f"rule is {rule!r}, and this Adam's momentum averages with b1 = {b1}: take "
+            f"StabilityFloor.for_adam({b1}), or StabilityFloor(momentum={b1}, "
+            "averaged=True)"
+        )
     adam = scale_by_adam_shrinkage(b1, b2, form=form)
     return optax.chain(
         auto_damping(

@@ -73,7 +73,8 @@ class SetDampingState(NamedTuple):
 _IGNORES = (
     "the transformation inside ignores `damping`, so setting or learning one would "
     "change nothing: take one that uses it (scale_by_adam_shrinkage, adam_shrinkage), "
-    "or wrap an optax factory, with_damping(optax.adam)(learning_rate). (A wrapper "
+    "or wrap an optax factory with an eps, with_damping(optax.adam)(learning_rate); "
+    "one that divides by no curvature (sgd, lion) has no damping to learn. (A wrapper "
     "inside that drops extra arguments, as optax.MultiSteps, optax.lookahead and "
     "optax.contrib.sam do, hides it: put auto_damping in.)"
 )
@@ -103,6 +104,8 @@ def _init_inside(inner, params, needed=frozenset(), argument="damping"):
             "eigenvalues, and the transformation inside does not take one: take "
             "scale_by_adam_shrinkage, scale_by_kfac, scale_by_lanczos, or another rule"
         )
+    if not _may_use("damping", inner, state, params):
+        raise ValueError(_IGNORES)
     if "effective_eigenvalue" in needed and not _gives_products(inner, state, params):
         raise ValueError(
             "the rule looks at the curvature that the preconditioner leaves, and the "
@@ -110,8 +113,6 @@ def _init_inside(inner, params, needed=frozenset(), argument="damping"):
             "scale_by_adam_shrinkage, scale_by_kfac, scale_by_lanczos or an optimiser "
             "made of them, or StabilityFloor without `preconditioned`"
         )
-    if not _may_use("damping", inner, state, params):
-        raise ValueError(_IGNORES)
     return state
 
 
@@ -378,7 +379,8 @@ def auto_damping(
             known = _known_in_step(
                 needed, parts, state.count, updates, own, learning_rate
             )
-            learned = learner.decide(learned, known)
+            first = learned.last_refresh if needed & MEASURED else 0
+            learned = learner.decide(learned, known, state.count == first)
         updates, inner_state = inner.update(
             updates,
             state.inner_state,

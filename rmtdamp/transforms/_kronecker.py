@@ -58,10 +58,15 @@ class KroneckerState(NamedTuple):
     bases: tuple[Eigenbasis, ...]  # per Kronecker block
     eigen_refreshes: jax.Array  # (), int32
 
+    @property
+    def waits(self) -> jax.Array:
+        """Whether nothing has been measured."""
+        return self.kfac_measurements == 0
+
     def problems(self) -> list[str]:
         """What a user should know of a run, in words; eager."""
         tried = self.kfac_measurements
-        if tried > 1 and self.kfac_rejections == tried:
+        if ((tried > 1) & (self.kfac_rejections == tried)).any():
             return [
                 "no measurement of the Kronecker factors was finite "
                 '(optax.tree.get(opt_state, "kfac_rejections")), so the curvature is '

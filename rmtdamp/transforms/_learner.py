@@ -15,6 +15,7 @@ from rmtdamp._sharding import placement
 from rmtdamp._tree import accumulation_dtype, num_examples, random_like, vdot
 from rmtdamp._types import Execution, LossFn, Mode, Params
 from rmtdamp.damping import (
+    MEASURED,
     SETTLED,
     DampingRule,
     Evidence,
@@ -25,7 +26,7 @@ from rmtdamp.damping import (
     learn_damping,
     needs_of,
 )
-from rmtdamp.hessian import HessianMoments, hvp, moments
+from rmtdamp.hessian import HessianMoments, halves, hvp, moments
 
 from ._measurer import Context, with_numbers
 
@@ -145,13 +146,16 @@ class DampingLearner:
             if name in needed
             else None
         )
-        return initial_damping(
+        learned = initial_damping(
             self.floor,
             accumulation_dtype(params),
             parts.shape,
             start("max_eigenvalue"),
             start("effective_eigenvalue"),
         )
+        if needed & MEASURED:
+            return learned
+        return learned._replace(last_refresh=jnp.full((), -2, jnp.int32))
 
     def parts(self, params: Params) -> Parts:
         """Which leaves share a damping."""
@@ -179,6 +183,12 @@ class DampingLearner:
             The state after the refresh.
         """
         needed = needs_of(self.rule)
+        held = measured.eigenvector is not None, measured.probe is not None
+        if held != ("max_eigenvalue" in needed, "effective_eigenvalue" in needed):
+            raise ValueError(
+                f"the state is not that of a learner with the rule {self.rule!r}: hand "
+                "to refresh the very learner that the transformation was given"
+            )
         traced = is_traced(context, measured)
         learn = _learn if traced else _compiled_learn
         value = probe = None
@@ -197,9 +207,10 @@ class DampingLearner:
         if "reduction_ratio" in needed:
             reduction = _reduction if traced else _compiled_reduction
             ratio = reduction(self, context)
-        if "moments" not in needed:
-            return learn(self, measured, None, value, probe, ratio, context, None)
         count = num_examples(context.batch)
+        if "moments" not in needed:
+            learned = learn(self, measured, None, value, probe, ratio, context.step)
+            return _with_mismatch(learned, self, context, count - count % 2, None)
         num = min(self.num_microbatches, count)
         if num < 2:
             warnings.warn(
@@ -228,16 +239,20 @@ class DampingLearner:
             mode=self.mode,
             stderr=False,  # nobody reads it here, and it costs n vectors of memory
         )
-        return learn(self, measured, found, value, probe, ratio, context, batch)
+        learned = learn(self, measured, found, value, probe, ratio, context.step)
+        return _with_mismatch(learned, self, context, count - count % num, found.loss)
 
-    def decide(self, measured: LearnedDamping, known: Evidence) -> LearnedDamping:
-        """What a rule that looks at the step makes of it."""
+    def decide(
+        self, measured: LearnedDamping, known: Evidence, counted: Any = False
+    ) -> LearnedDamping:
+        """What a rule that looks at the step makes of it; see `decide_damping`."""
         return decide_damping(
             measured,
             known,
             rule=self.rule,
             floor=self.floor,
             min_shrinkage=self.min_shrinkage,
+            counted=counted,
         )
 
 
@@ -329,12 +344,12 @@ def _probe_key(seed, number):
 
 
 def _learn(
-    learner, before, found: HessianMoments | None, value, probe, ratio, context, batch
+    learner, before, found: HessianMoments | None, value, probe, ratio, step
 ) -> LearnedDamping:
-    learned = learn_damping(
+    return learn_damping(
         before,
         found,
-        context.step,
+        step,
         rule=learner.rule,
         floor=learner.floor,
         decay=learner.decay,
@@ -343,34 +358,50 @@ def _learn(
         probe=probe,
         reduction_ratio=ratio,
     )
-    if found is None:
+
+
+def _with_mismatch(learned, learner, context, count: int, mean_loss) -> LearnedDamping:
+    """Counted if the first `count` examples show a loss that is no mean.
+
+    Looked at in the first measurement alone: the loss stays what it is.
+
+    Returns:
+        The state with the count.
+    """
+    look = lambda: _is_no_mean(learner, context, count, mean_loss)
+    first = learned.refresh_attempts == 1
+    if count < 2:
         return learned
-    # Looked at in the first measurement alone: the loss stays what it is.
-    mismatch = jax.lax.cond(
-        before.refresh_attempts == 0,
-        lambda: _is_no_mean(
-            learner.loss_fn, learner.precision, found.loss, context, batch
-        ),
-        lambda: jnp.zeros((), bool),
-    )
-    return learned._replace(
-        loss_mismatches=before.loss_mismatches + mismatch.astype(jnp.int32)
-    )
+    if is_traced(learned, context):
+        mismatch = jax.lax.cond(first, look, lambda: jnp.zeros((), bool))
+    elif not first:
+        return learned
+    else:
+        mismatch = look()
+    mismatches = learned.loss_mismatches + mismatch.astype(jnp.int32)
+    return learned._replace(loss_mismatches=mismatches)
 
 
-def _is_no_mean(loss_fn, precision, mean_loss, context, batch) -> jax.Array:
-    """Whether a batch's loss differs from the mean of its microbatches' losses.
+@functools.partial(jax.jit, static_argnames="count")
+def _is_no_mean(learner, context, count: int, mean_loss) -> jax.Array:
+    """Whether a batch's loss differs from the mean of its parts' losses.
 
     It does for a sum, for batch statistics and for dropout; a loss that is not finite
-    says nothing.
+    says nothing. With no `mean_loss` the parts are two halves.
 
     Returns:
         A bool.
     """
-    with matmul_precision(precision):
-        loss = loss_fn(context.params, batch, *context.loss_args)
+    batch = jax.tree.map(lambda x: x[:count], context.batch)
+    loss_of = lambda part: learner.loss_fn(context.params, part, *context.loss_args)
+    with matmul_precision(learner.precision):
+        loss = loss_of(batch)
+        if mean_loss is None:
+            parts = jax.tree.map(lambda *x: jnp.stack(x), *halves(batch))
+            mean_loss = jnp.mean(jax.lax.map(loss_of, parts))
     allowed = 1e-4 + 16 * float(jnp.finfo(loss.dtype).eps)
-    loss = loss.astype(mean_loss.dtype)
+    dtype = accumulation_dtype(context.params)
+    loss, mean_loss = loss.astype(dtype), mean_loss.astype(dtype)
     scale = jnp.maximum(jnp.abs(loss), jnp.abs(mean_loss))
     return jnp.isfinite(scale) & (jnp.abs(loss - mean_loss) > allowed * scale)
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rmtdamp._jax import is_traced
@@ -204,8 +205,9 @@ def _looked_at(measurer, measured, context, *, within: bool) -> Callable:
     # Traced once, looked at, and put to use as it is.
     jaxpr, shape = jax.make_jaxpr(refresh, return_shape=True)()
     if _convolves_in_control_flow(jaxpr.jaxpr, within):
+        whose = getattr(measurer, "learner", measurer)  # the user's own
         warnings.warn(
-            f"{type(measurer).__name__} measures a model with convolutions, which XLA "
+            f"{type(whose).__name__} measures a model with convolutions, which XLA "
             "on a CPU runs some thirty times slower inside the conditional or loop of "
             "a training step: pass refresh_every=None and call rmtdamp.refresh between "
             "steps (on a GPU or TPU this does not matter)",
@@ -401,12 +403,14 @@ def check_state(opt_state: optax.OptState) -> None:
     """Warn about what the measurements of a run say is wrong with it. Eager.
 
     Values cannot raise in a compiled step, so they are counted in its state: losses
-    that are no mean over the batch, measurements that could not be used, a damping that
-    sits on its bound. This puts the counters into words. `refresh` does so by itself;
-    call it after the first measurement of a compiled step, and when a run looks odd.
+    that are no mean over the batch, measurements none of which could be used, a damping
+    that sits on its bound, steps without the measurement by hand that they wait for.
+    This puts the counters into words. `refresh` does so by itself; call it after the
+    first measurement of a compiled step, and when a run looks odd.
 
     Args:
-        opt_state: the optimiser's state, any chain or wrapper, `nnx.Optimizer`'s too.
+        opt_state: the optimiser's state, any chain or wrapper, `nnx.Optimizer`'s too,
+            or that of many runs under `vmap`.
 
     Example:
         >>> import jax.numpy as jnp, warnings
@@ -424,6 +428,15 @@ def check_state(opt_state: optax.OptState) -> None:
     boxed = lambda x: hasattr(x, "get_raw_value")
     bare = lambda x: x.get_raw_value() if boxed(x) else x
     opt_state = jax.tree.map(bare, opt_state, is_leaf=boxed)
-    knows = lambda node: hasattr(node, "problems")
-    for node in jax.tree.leaves(opt_state, is_leaf=knows):
+    nodes = []
+    jax.tree.leaves(opt_state, is_leaf=lambda node: nodes.append(node) or False)
+    for node in nodes:
         _warn(node)
+        measured = getattr(node, "measured", None)
+        if hasattr(measured, "waits") and np.any(measured.waits & (node.count > 0)):
+            warnings.warn(
+                "rmtdamp: steps were taken and nothing was measured: with "
+                "refresh_every=None call rmtdamp.refresh(opt_state, measurer, params, "
+                "batch) between steps, the first time before the first step",
+                stacklevel=2,
+            )

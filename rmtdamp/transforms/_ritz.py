@@ -42,10 +42,15 @@ class RitzSubspace(NamedTuple):
     subspace_refreshes: jax.Array  # (), int32, measurements that were tried
     subspace_rejections: jax.Array  # (), int32, those that were not finite
 
+    @property
+    def waits(self) -> jax.Array:
+        """Whether nothing has been measured."""
+        return self.subspace_refreshes == 0
+
     def problems(self) -> list[str]:
         """What a user should know of a run, in words; eager."""
         tried = self.subspace_refreshes
-        if tried > 1 and self.subspace_rejections == tried:
+        if ((tried > 1) & (self.subspace_rejections == tried)).any():
             return [
                 "no measurement of the Ritz subspace was finite "
                 '(optax.tree.get(opt_state, "subspace_rejections")), so the step is '

@@ -34,6 +34,18 @@ TASKS = {
         {"epochs": 30, "batch_size": 128},
     ),
 }
+HELD_OUT_TASKS = {
+    "MNIST, MLP": (
+        {"dataset": "mnist", "model": "mlp", "width": 0.25, "pool": 2}
+        | {"num_train": 6000, "num_test": 4000, "num_valid": 1000},
+        {"epochs": 15, "batch_size": 128},
+    ),
+    "Fashion-MNIST, logistic": (
+        {"dataset": "fashion-mnist", "model": "logistic", "pool": 2}
+        | {"num_train": 3000, "num_test": 4000, "num_valid": 1000},
+        {"epochs": 30, "batch_size": 128},
+    ),
+}
 TEXT = {
     "Shakespeare, transformer": (
         {"dataset": "tinyshakespeare", "model": "transformer"}
@@ -85,6 +97,8 @@ def _methods(optimizer):
     layered = {"learned": True, "rule": EACH_LAYER[optimizer], "layers": True}
     yield base | layered, 1e-8
     if optimizer == "adam":
+        for c in (8, 16):
+            yield base | {"learned": True, "rule": f"aware floor, c = {c}"}, 1e-8
         yield from PEERS.values()
     else:  # as its authors have it, every fifth step
         learned = {"learned": True, "rule": "Levenberg-Marquardt", "refresh_every": 5}
@@ -102,11 +116,20 @@ def _runs(optimizer):
     return [run(s, *m, r, i) for s, m, r, i in itertools.product(*axes)]
 
 
-def _text_runs():
-    """Adam as it comes and under its rule: a run takes a minute."""
-    adam, aware = (m for m in _methods("adam") if _name(*m) in (ADAM, "aware floor"))
-    axes = TEXT.values(), (adam, aware), RATES, range(2)
+def _adam_and_its_rule(tasks, seeds):
+    """Adam as it comes and under its rule."""
+    both = [m for m in _methods("adam") if _name(*m) in (ADAM, "aware floor")]
+    axes = tasks.values(), both, RATES, seeds
     return [run(s, *m, r, i) for s, m, r, i in itertools.product(*axes)]
+
+
+def _text_runs():
+    """A run takes a minute."""
+    return _adam_and_its_rule(TEXT, range(2))
+
+
+def _adam_held_out_runs():
+    return _adam_and_its_rule(HELD_OUT_TASKS, SEEDS)
 
 
 def _of_lanczos(tasks, flat, rules):
@@ -154,7 +177,8 @@ def _name(method: Row, damping: float) -> str:
 
 
 def _heads(row):
-    task = next(k for k, (of, _) in (TASKS | TEXT).items() if of == row["task"])
+    tasks = TASKS | HELD_OUT_TASKS | TEXT
+    task = next(k for k, (of, _) in tasks.items() if of == row["task"])
     return {"task": task, "damping": _name(row["method"], row["damping"])}
 
 
@@ -291,6 +315,17 @@ def _adam_checks(found):
     ]
 
 
+def _adam_held_out_checks(found):
+    ours = "aware floor"
+    return [
+        _trains(found, ours),
+        _below_all(found, ours, [ADAM]),
+        _wider(found, ours),
+        *_at_best(found, ours, [ADAM], 0.01, "Adam at its own"),
+        *_never_costs(found, ours, 1e-3),
+    ]
+
+
 def _text_checks(found):
     ours = "aware floor"
     best = _at_best(found, ours, [ADAM], 0.01, "Adam at its own")
@@ -317,6 +352,7 @@ EXPERIMENTS = [
     for name, runs, checks in (
         ("rules_kfac", functools.partial(_runs, "kfac"), _kfac_checks),
         ("rules_adam", functools.partial(_runs, "adam"), _adam_checks),
+        ("rules_adam_held_out", _adam_held_out_runs, _adam_held_out_checks),
         ("rules_text", _text_runs, _text_checks),
         ("rules_lanczos", _lanczos_runs, _lanczos_checks),
         ("rules_lanczos_held_out", _held_out_runs, _lanczos_checks),
