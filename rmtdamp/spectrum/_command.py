@@ -100,7 +100,9 @@ def parser() -> argparse.ArgumentParser:
         default=unset,
         help="also the density of diagonal blocks: of the parameters whose path each "
         "expression is found in, or of every layer if there is none; each costs as "
-        "much as the whole density (default: no blocks)",
+        "much as the whole density (default: no blocks). A path is written "
+        r"['att']['key'], and in a regular expression brackets are escaped: "
+        r"\['att'\]",
     )
     add(
         "--mode",
@@ -113,8 +115,9 @@ def parser() -> argparse.ArgumentParser:
         "--dense",
         action=argparse.BooleanOptionalAction,
         default=unset,
-        help="make the whole Hessian, whose numbers are exact (default: of at most "
-        "1,000 parameters)",
+        help="make the whole Hessian: all numbers are exact then but the variance m, "
+        "whose error from at most 32 microbatches remains, and what follows from it "
+        "(default: of at most 1,000 parameters)",
     )
     return out
 

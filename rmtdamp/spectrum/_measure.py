@@ -53,6 +53,9 @@ _FEW = 1000
 _TRACE_PRODUCTS = 32
 # Relative residual asked of eigenvalues, whose error is of the order of its square.
 _TOL = 1e-3
+# More of them leave less error in the variance, and cost the same FLOPs in smaller
+# pieces.
+_MOST_MICROBATCHES = 32
 
 
 class LayerOverlap(NamedTuple):
@@ -104,11 +107,14 @@ class Report(NamedTuple):
     layers: dict[str, SpectralDensity]  # of diagonal blocks of the data set's Hessian
     notes: list[str]  # what a reader must know to read the rest
     kronecker: dict[str, LayerOverlap]  # of the layers whose factors are measured
+    num_microbatches: int  # of the first batch, for `moments`
+    num_probes: int  # of `moments`; 0 for exact traces
 
 
 def _num_microbatches(count: int) -> int:
-    """From 4 to 16: as few examples left over, then as many microbatches, as can be."""
-    return min(range(MIN_EXAMPLES, min(16, count) + 1), key=lambda n: (count % n, -n))
+    """From 4 to 32: as few examples left over, then as many microbatches, as can be."""
+    most = min(_MOST_MICROBATCHES, count)
+    return min(range(MIN_EXAMPLES, most + 1), key=lambda n: (count % n, -n))
 
 
 def _rows(batch: Batch, count: int) -> Batch:
@@ -136,7 +142,7 @@ def layer_spectra(
     num_steps: int = 80,
     num_probes: int = 4,
 ) -> dict[str, SpectralDensity]:
-    """The spectra of a Hessian's diagonal blocks, layer by layer. Eager.
+    r"""The spectra of a Hessian's diagonal blocks, layer by layer. Eager.
 
     Cost: num_probes * num_steps products with the whole matrix for each block.
 
@@ -145,8 +151,9 @@ def layer_spectra(
         params: the whole params, a pytree.
         key: a key of `jax.random`.
         select: a regular expression per block, searched for in the paths of the leaves
-            as in `rmtdamp.hessian.restrict`. Default: a block per layer, that is, of
-            the leaves whose paths agree in all but the last key.
+            as in `rmtdamp.hessian.restrict`; the brackets of a path are escaped,
+            r"\['att'\]". Default: a block per layer, that is, of the leaves whose
+            paths agree in all but the last key.
         num_steps: points per probe; cut to the number of parameters of a block.
         num_probes: independent probes.
 
@@ -236,8 +243,8 @@ def measure(
 
     Of at most 1,000 parameters the whole Hessian is made instead, at P products over
     the data set and the first batch: trace, eigenvalues, densities and `moments` are
-    exact then, their standard errors 0 but for that of a variance from a few
-    microbatches.
+    exact then, their standard errors 0 but for that of the variance, whose traces are
+    exact and whose microbatches are at most 32.
 
     Args:
         loss_fn: `loss_fn(params, batch) -> scalar`, the mean loss.
@@ -298,6 +305,7 @@ def measure(
         "batch_only": batch_only,
         "loss": problem.loss,
         "notes": problem.notes,
+        "num_microbatches": n,
     }
     blocks = _blocks(params, layers) if layers is None or layers else {}
     if factors_fn is not None:
@@ -324,7 +332,7 @@ def measure(
             mode=mode,
             watch=watch,
         )
-        return Report(**about, **found, kronecker=overlaps(matvec))
+        return Report(**about, **found, kronecker=overlaps(matvec), num_probes=0)
 
     watch.stage("compiling Hessian-vector products")
     a, b = (
@@ -421,4 +429,5 @@ def measure(
         batch_density=batch_density,
         layers=spectra,
         kronecker=overlaps(whole),
+        num_probes=num_probes,
     )

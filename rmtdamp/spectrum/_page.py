@@ -100,6 +100,8 @@ def as_json(report: Report) -> dict[str, Any]:
             "kurtosis": _number(_kurtosis(report)),
             "edge": _number(_edge(report)),
             "semicircle_edge": _number(semicircle_edge(noise.variance)),
+            "num_microbatches": report.num_microbatches,
+            "num_probes": report.num_probes,
         },
         "damping": {
             "identity": _number(identity_target(noise).damping),
@@ -171,18 +173,26 @@ def _rate(x) -> str:
     return f"{float(x):.3g}" if math.isfinite(float(x)) else "any"
 
 
+def _drawn(report: Report) -> str:
+    """From how many microbatches and probes the variance is."""
+    probes = f"{report.num_probes} probe{'s' * (report.num_probes != 1)}"
+    return f"{report.num_microbatches} microbatches, " + (
+        probes if report.num_probes else "exact traces"
+    )
+
+
 def _damping_rows(report: Report):
-    noise = report.moments
+    noise, name = report.moments, "damping, Ledoit and Wolf"
     yield "damping, eq. 15", f"{float(noise.variance):.3g}", "towards 1"
     rule = scaled_identity_target(noise)
     value, target = float(rule.damping), float(rule.target)
     if math.isnan(value):
-        yield "damping, scale-equivariant", "none", f"mean eigenvalue {target:.2g} <= 0"
+        yield name, "none", f"mean eigenvalue {target:.2g} <= 0"
     elif math.isinf(value):
-        yield "damping, scale-equivariant", "infinite", "nothing but noise was seen"
+        yield name, "infinite", "nothing but noise was seen"
     else:
         text = f"towards nu = {target:.3g}"
-        yield "damping, scale-equivariant", f"{value:.3g}", text
+        yield name, f"{value:.3g}", text
 
 
 def _section(title: str, rows) -> Table:
@@ -241,11 +251,11 @@ def page(report: Report, name: str) -> Group:
         f"\nIts noise in a batch of {report.batch_size}, measured on batch 0",
         [
             (
-                "variance m",
+                "variance m = P⁻¹ Tr Var(H)",
                 _with_error(noise.variance, noise.variance_stderr),
-                "P⁻¹ Tr Var(H)",
+                _drawn(report),
             ),
-            ("P⁻¹ Tr X⁴ / m²", f"{_kurtosis(report):.3g}", "semicircle 2"),
+            ("kurtosis of the noise", f"{_kurtosis(report):.3g}", "semicircle 2"),
             ("reach of the noise", f"±{edge:.3g}", f"semicircle ±{semicircle:.3g}"),
             *_damping_rows(report),
         ],
@@ -290,7 +300,7 @@ def _layer_table(report: Report) -> Table:
         table.add_column(name, justify="right" if i else "left")
     for name, spectrum in report.layers.items():
         p, largest = spectrum.num_parameters, float(np.max(spectrum.nodes))
-        total = f"{float(spectrum.moment(1)[0]) * p:.4g}"
+        total = _with_error(*(float(x) * p for x in spectrum.moment(1)))
         row = [Text(name), f"{p:,}", total, f"{largest:.4g}"]
         if seen:
             x = seen.get(name)
@@ -304,10 +314,11 @@ def _outlier_table(report: Report) -> Table:
     found = report.outliers
     count = int(np.sum(np.asarray(found.is_outlier)))
     table = _table(
-        f"Eigenvectors of batch 0: {count} of {len(found.eigenvalues)} are more than "
-        "noise",
-        "overlap²: with the true eigenvectors, from two halves of the batch"
-        + ("" if report.batch_only else "; measured: with the data set's"),
+        f"Eigenvectors of batch 0: {count} of {len(found.eigenvalues)} are shown to be "
+        "more than noise",
+        "overlap²: the share of it in the span of the k + 2 leading true ones, from "
+        "two halves of the batch; verdict: true where that is above 0.89"
+        + ("" if report.batch_only else "; measured: in the span of the data set's"),
     )
     names = ["seen", "residual", "verdict", "overlap²"]
     if not report.batch_only:
@@ -319,7 +330,7 @@ def _outlier_table(report: Report) -> Table:
         row = [
             f"{float(found.eigenvalues[i]):.4g}",
             f"{float(found.residuals[i]):.1g}",
-            "true" if outside else "noise",
+            "true" if outside else "not shown",
             f"{float(found.overlaps_squared[i]):.3f}" if outside else "-",
         ]
         if measured is not None:
