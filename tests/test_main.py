@@ -1,17 +1,20 @@
 """The main job as a user meets it: options, report, resuming, broken files."""
 
 import gzip
+import io
 import json
 import struct
 import sys
 
 import numpy as np
 import pytest
+import rich.console
 from sklearn.datasets import load_digits
 
 from rmtdamp.__main__ import main
 from rmtdamp.demo import _train
 from rmtdamp.demo._data import DataError, load_digits as digits, load_idx, read_idx
+from rmtdamp.demo._report import table
 from rmtdamp.demo._train import DEFAULT_METHODS, METHODS
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -51,6 +54,7 @@ def test_report_on_digits_and_resume(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     for method in _train.DEFAULT_METHODS:
         assert method in printed
+    assert "digits: mean ± standard error of 2 seeds, last epoch" in printed
     report = json.loads((out / "report.json").read_text())
     assert report["data"] == "digits"
     assert set(report["summary"]) == set(_train.DEFAULT_METHODS)
@@ -67,8 +71,8 @@ def test_report_on_digits_and_resume(tmp_path, capsys, monkeypatch):
     # A lost run is made again, with the same numbers; the others are not.
     trained = []
     original = _train.train
-    spy = lambda data, method, settings, seed: (
-        trained.append((method, seed)) or original(data, method, settings, seed)
+    spy = lambda data, method, settings, seed, kept: (
+        trained.append((method, seed)) or original(data, method, settings, seed, kept)
     )
     monkeypatch.setattr(sys.modules["rmtdamp.__main__"], "train", spy)
     (out / "runs" / "auto-adam-1.json").unlink()
@@ -88,13 +92,22 @@ def test_report_on_digits_and_resume(tmp_path, capsys, monkeypatch):
     assert "adam-0.json is damaged: delete it" in capsys.readouterr().err
 
 
+def test_one_seed_has_no_standard_error():
+    run = [_train.Record(1, 0.5, 0.6, 0.9, 0.8, None, None, 100.0)]
+    console = rich.console.Console(file=io.StringIO(), width=200)
+    console.print(table({"adam": [run]}, "digits"))
+    printed = console.file.getvalue()
+    assert "digits: one seed, last epoch" in printed
+    assert "±" not in printed
+
+
 def test_an_interrupt_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
     original = _train.train
 
-    def interrupted(data, method, settings, seed):
+    def interrupted(data, method, settings, seed, kept):
         if seed == 1:
             raise KeyboardInterrupt
-        yield from original(data, method, settings, seed)
+        yield from original(data, method, settings, seed, kept)
 
     monkeypatch.setattr(sys.modules["rmtdamp.__main__"], "train", interrupted)
     options = [*QUICK, "--methods", "adam", "--out", str(tmp_path)]

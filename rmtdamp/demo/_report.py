@@ -168,8 +168,9 @@ def summarise(results: Results) -> dict[str, Any]:
 def table(results: Results, data_name: str) -> Table:
     """The terminal's table."""
     seeds = len(next(iter(results.values())))
+    shown = f"mean ± standard error of {seeds} seeds" if seeds > 1 else "one seed"
     out = Table(
-        title=f"{data_name}: mean ± standard error of {seeds} seeds, last epoch",
+        title=f"{data_name}: {shown}, last epoch",
         box=rich.box.SIMPLE_HEAD,
         padding=0,
         show_edge=False,
