@@ -10,6 +10,9 @@
 #
 # Every claim was split into parts, each judged by one rule: an effect counts if its
 # mean over paired seeds exceeds twice its standard error and points the claimed way.
+# "Below" or "within 2 %" is shown only if the value and two standard errors are. So
+# with each part stands the value ± its standard error, and in brackets what two of
+# them leave possible: a "yes" needs all of that range. ("Matches" needs some of it.)
 
 # %%
 import collections
@@ -49,6 +52,12 @@ def verdict(name):
     print(f"{found['claim']}\n-> {found['verdict']}, {found['seeds']} seeds")
     for check in found["checks"]:
         print(f"   {'yes' if check['holds'] else 'no ':3} {check['statement']}")
+        value, error = check["value"], check["stderr"]
+        if error is None:
+            print(f"       {value:.4g}")
+        else:
+            low, high = value - 2 * error, value + 2 * error
+            print(f"       {value:.4g} ± {error:.2g} ({low:.4g} to {high:.4g})")
 
 
 # %% [markdown]
