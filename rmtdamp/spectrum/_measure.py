@@ -239,7 +239,8 @@ def measure(
 
     Cost: about num_probes * num_steps + 150 products over the data set, twice as many
     over the first batch, and num_probes * num_steps over the data set for each layer.
-    Memory: that of `eigsh` with k, and 4 k vectors like `params`.
+    Memory: that of `eigsh` with k, and 4 k vectors like `params`; or the 32 of
+    `moments` if these are more.
 
     Of at most 1,000 parameters the whole Hessian is made instead, at P products over
     the data set and the first batch: trace, eigenvalues, densities and `moments` are
