@@ -179,12 +179,18 @@ def _near(x, y) -> jax.Array:
 _LIFE = 100.0
 
 
-def _kept(learned, step) -> jax.Array:
-    """What is left of an eigenvalue since the last measurement."""
+def _kept(learned, step, early) -> jax.Array:
+    """What is left of an eigenvalue since the last measurement.
+
+    At first it lives for a share `early` of the run so far.
+
+    Returns:
+        A scalar.
+    """
     step = jnp.asarray(step)
     dtype = learned.damping.dtype
     steps = jnp.maximum(step - learned.last_refresh, 0).astype(dtype)
-    return jnp.exp(-steps / jnp.clip(step.astype(dtype) / 2, 1, _LIFE))
+    return jnp.exp(-steps / jnp.clip(early * step.astype(dtype), 1, _LIFE))
 
 
 def _held(old, new, kept) -> jax.Array:
@@ -272,12 +278,12 @@ def learn_damping(
     if eigenvalue is not None:
         old, new = learned.max_eigenvalue, like(eigenvalue, learned.max_eigenvalue)
         usable &= jnp.isfinite(new) & (new > 0)
-        held = _held(old, new, _kept(learned, step))
+        held = _held(old, new, _kept(learned, step, early=0.5))
         found = found._replace(max_eigenvalue=jnp.where(usable, held, old))
     if probe is not None:
         good = jnp.isfinite(probe.scale) & (probe.scale > 0)
         usable &= good
-        probe = probe._replace(kept=_kept(learned, step), waits=good)
+        probe = probe._replace(kept=_kept(learned, step, early=1.0), waits=good)
         first = jnp.isnan(learned.effective_eigenvalue) & good
         value = jnp.where(first, probe.scale, learned.effective_eigenvalue)
         probe = jax.tree.map(like, probe, learned.probe)
@@ -439,8 +445,10 @@ def settle_probe(
     both ways along v. Neither needs v, of which a step knows the product alone, nor a D
     of before. mu is the largest eigenvalue of H as the preconditioner leaves it: the
     same where B is zero, smaller where B is as large as H in its sharp directions. It
-    is held as the largest eigenvalue is (`learn_damping`). With labels all this is done
-    in each part: mu_l, v_l, w_l.
+    is held as the largest eigenvalue is (`learn_damping`), from that of H at the first
+    measurement on, but h is 100 steps, or all of the run so far where that is less: a
+    damping that falls takes mu with it, and the first steps at a large learning rate
+    need theirs. With labels all this is done in each part: mu_l, v_l, w_l.
 
     Args:
         learned: the state, with a probe in it.

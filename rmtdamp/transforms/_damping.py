@@ -270,7 +270,7 @@ def auto_damping(
     logging: `optax.tree.get(opt_state, name)` with "damping", "relative_damping",
     "measured_variance", "max_eigenvalue", "effective_eigenvalue", "last_refresh",
     "refresh_attempts", "refresh_rejections", "refresh_caps", "loss_mismatches",
-    "power_failures"; `rmtdamp.check_state(opt_state)` puts into words what they say.
+    "power_failures"; `rmtdamp.check_state(opt_state)` says in words what is wrong.
 
     A rule that needs the learning rate or the gradient decides anew in each step, on
     what was last measured; all others decide when something is measured.
@@ -291,7 +291,7 @@ def auto_damping(
             None for never in the step.
         learning_rate: alpha, a number or a schedule of the step, for a rule that needs
             it, such as `rmtdamp.damping.StabilityFloor`: that of the optimiser. It can
-            be handed to `update` as an extra argument, too.
+            be handed to `update` as an extra argument, too, which goes before this one.
 
     Returns:
         A gradient transformation.

@@ -323,7 +323,12 @@ def refresh(
     convolutions inside a conditional some thirty times slower, and inside
     `optax.MultiSteps` and under `vmap`, which pay for a conditional measurement at each
     step. The measurement is driven from Python, one compiled call a microbatch or
-    product, so that it compiles in the time of one.
+    product, so that it compiles in the time of one. `rmtdamp.transforms.is_due` says
+    when a step would measure, early on more often.
+
+    A rule that reads the learning rate or the gradient decides in the step: after
+    `refresh` the state holds the new measurement and still the damping before it, and
+    the next `update` brings the new one.
 
     Args:
         opt_state: the optimiser's state, any chain or wrapper (`optax.MultiSteps`,
@@ -343,7 +348,8 @@ def refresh(
     Raises:
         TypeError: `measurer` is none, params that are not real floats, `loss_args` that
             are no tuple.
-        ValueError: none or several of its states in `opt_state`, or a bad batch.
+        ValueError: none or several of its states in `opt_state`, one of a learner that
+            measures something else, or a bad batch.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -433,7 +439,8 @@ def check_state(opt_state: optax.OptState) -> None:
     for node in nodes:
         _warn(node)
         measured = getattr(node, "measured", None)
-        if hasattr(measured, "waits") and np.any(measured.waits & (node.count > 0)):
+        waits = getattr(measured, "waits", None)
+        if waits is not None and np.any(waits & (node.count > 0)):
             warnings.warn(
                 "rmtdamp: steps were taken and nothing was measured: with "
                 "refresh_every=None call rmtdamp.refresh(opt_state, measurer, params, "
