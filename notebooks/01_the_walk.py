@@ -195,7 +195,7 @@ fig.tight_layout()
 # %% [markdown]
 # At Adam's usual rate, and at the best one, there is nothing to gain, and the damping
 # stays out of the way. At a hundred times the usual rate, where steps are too long, the
-# damping rises to meet them, and the test loss is about three fifths of Adam's: a bad
+# damping rises to meet them, and the test loss is about four fifths of Adam's: a bad
 # choice of the rate costs less. It still costs something.
 #
 # This is one seed of one small network; several seeds on four tasks are in [the

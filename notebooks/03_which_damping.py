@@ -154,7 +154,7 @@ fig.tight_layout()
 # What to read off. KFAC: every flat damping has rates that are right for it, the larger
 # the rate the larger the right damping, and the learned one need not be told. Adam: eps
 # 1e-8 is hard to beat on a task as easy as this, a flat damping large enough to help at
-# the largest rate harms at all others, and `auto_adam` neither gains nor loses.
+# the largest rate harms at all others, and `auto_adam` gains a little.
 #
 # ## Regret
 #
