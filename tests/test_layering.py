@@ -5,7 +5,9 @@ import pathlib
 
 import pytest
 
-PACKAGE = pathlib.Path(__file__).parents[1] / "rmtdamp"
+import rmtdamp
+
+PACKAGE = pathlib.Path(rmtdamp.__file__).parent
 # A room may import what stands to its left.
 LAYERS = [
     "_types", "_jax", "_sharding", "_tree", "_basis", "_parts", "_checks", "hessian",

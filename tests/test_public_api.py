@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 
+import benchmarks
 import rmtdamp
 
 EMPTY = inspect.Parameter.empty
@@ -98,11 +99,11 @@ def test_an_import_brings_nothing_heavy():
 
 def test_nothing_is_unpickled_and_nothing_is_fetched_unasked():
     """One place fetches, `fetch` in the benchmarks' data."""
-    root = pathlib.Path(rmtdamp.__file__).parents[1]
+    folders = (pathlib.Path(x.__file__).parent for x in (rmtdamp, benchmarks))
     text = {
-        path.relative_to(root).as_posix(): path.read_text()
-        for folder in ("rmtdamp", "benchmarks")
-        for path in (root / folder).rglob("*.py")
+        path.relative_to(folder.parent).as_posix(): path.read_text()
+        for folder in folders
+        for path in folder.rglob("*.py")
     }
     imported = lambda name: rf"^\s*(import|from) {name}\b"
     using = lambda word: {x for x in text if re.search(word, text[x], re.MULTILINE)}

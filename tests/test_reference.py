@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "reference.md").read_text()
 ROOMS = sorted(
     path.stem
-    for path in (ROOT / "rmtdamp").iterdir()
+    for path in pathlib.Path(rmtdamp.__file__).parent.iterdir()
     if re.fullmatch("[a-z]+(_bayes)?(.py)?", path.name) and path.name != "demo"
 )
 
