@@ -333,3 +333,12 @@ def test_linen_trains_through_train_state_and_restores_to_the_bit():
         step(state, FLAT).params,
     )
     assert loss_fn(state.params, FLAT) < loss_fn(params, FLAT)
+
+
+def test_a_loss_of_the_model_in_place_of_a_criterion_is_named():
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    factors_fn = nnx_factors(model, lambda model, batch: model(batch[0]).mean())
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    batch = jnp.ones((8, 4), jnp.float32), jnp.zeros(8, int)
+    with pytest.raises(TypeError, match=r"outputs, targets\) fails: .*, not the model"):
+        factors_fn(params, batch, jax.random.key(0))

@@ -599,6 +599,9 @@ def test_a_transformation_without_products_is_told_apart():
         auto_damping(factory, learner_of(AWARE), learning_rate=0.1).init(PARAMS)
     plain = auto_damping(factory, learner_of(FLOOR), learning_rate=0.1)
     assert get(plain.init(PARAMS), "damping") == 0
+    for bare in (optax.adam(1e-3), optax.sgd(1e-3)):  # no damping comes first
+        with pytest.raises(ValueError, match="inside ignores `damping`.*sgd, lion"):
+            auto_damping(bare, learner_of(AWARE), learning_rate=0.1).init(PARAMS)
 
 
 def test_levenberg_marquardt_in_closed_form():
