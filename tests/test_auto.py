@@ -380,16 +380,18 @@ def test_sharded_training_matches_one_device():
     chex.assert_trees_all_close(here, there, rtol=1e-4, atol=1e-6)
 
 
-def test_convolutions_on_a_cpu_get_a_warning_and_by_hand_does_not():
+@pytest.mark.parametrize("rule", [identity_target, StabilityFloor.for_adam()])
+def test_convolutions_on_a_cpu_get_a_warning_and_by_hand_does_not(rule):
     def loss(params, batch):
         y = jax.lax.conv(batch, params, (1, 1), "SAME")
         return jnp.mean(y**2)
 
     params = jnp.ones((1, 1, 3, 3), jnp.float32)
     batch = jnp.ones((4, 1, 5, 5), jnp.float32)
-    learner = DampingLearner(loss)
-    tx = owned(learner, refresh_every=2)
-    with pytest.warns(UserWarning, match="refresh_every=None and call rmtdamp.refresh"):
+    learner = DampingLearner(loss, rule=rule)
+    tx = owned(learner, refresh_every=2, learning_rate=0.1)
+    message = "^DampingLearner measures .*refresh_every=None and call rmtdamp.refresh"
+    with pytest.warns(UserWarning, match=message):
         tx.update(params, tx.init(params), params, batch=batch)
     state = owned(learner, refresh_every=None).init(params)
     refresh(state, learner, params, batch)  # warnings are errors here
