@@ -19,8 +19,8 @@ try:
     import rich.console
     import rich.progress
     import sklearn  # noqa: F401
-except ModuleNotFoundError as missing:
-    sys.exit(f"rmtdamp: the main job needs {missing.name}: pip install 'rmtdamp[demo]'")
+except ModuleNotFoundError as _lost:
+    sys.exit(f"rmtdamp: the main job needs {_lost.name}: pip install 'rmtdamp[demo]'")
 
 from rmtdamp._cli import Parser, WriteError, number
 from rmtdamp.demo._data import DataError, Dataset, load_digits, load_idx

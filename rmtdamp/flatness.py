@@ -10,6 +10,7 @@ measurements, the flattest solution is the one of the smallest nuclear norm, of 
 import functools
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def trace_penalty(
     batch: Batch,
     key: Key,
     *,
-    loss_args: tuple = (),
+    loss_args: tuple[Any, ...] = (),
     num_probes: int = 1,
 ) -> jax.Array:
     r"""An unbiased estimate of Tr H, differentiable, to add to a loss.

@@ -136,7 +136,9 @@ def _judged(eigenvalues, agreements):
     )
 
 
-def spiked_law(eigenvalues, noise: SpectralDensity) -> tuple[jax.Array, jax.Array]:
+def spiked_law(
+    eigenvalues: jax.Array, noise: SpectralDensity
+) -> tuple[jax.Array, jax.Array]:
     r"""(nu, overlap^2) of eigenvalues seen outside a noise of any symmetric law.
 
     Holds as P grows for noise without preferred directions around a true Hessian of low

@@ -117,7 +117,10 @@ class Gaussian(NamedTuple):
 
 
 def best_gaussian(
-    eigenvalues: jax.Array, distance_squared: Any, num_examples: Any, grid: Sequence
+    eigenvalues: jax.Array,
+    distance_squared: Any,
+    num_examples: Any,
+    grid: Sequence[float],
 ) -> Gaussian:
     r"""The best S and lambda of a layer in the quadratic model.
 

@@ -344,7 +344,9 @@ def _distances(eigenvalues, nodes, weights, variance, size):
     return eigenvalues, s, u, weights.reshape(last) / num_probes
 
 
-def rotationally_invariant_shrinkage(eigenvalues, nodes, weights, variance, size):
+def rotationally_invariant_shrinkage(
+    eigenvalues: Any, nodes: Any, weights: Any, variance: Any, size: Any
+) -> jax.Array:
     r"""Xi = lambda - 2 s^2 Re g(lambda), the best eigenvalues on the seen eigenvectors.
 
     Wigner noise, any true Hessian: sum_i xi_i phi_i phi_i^T has the least Frobenius
@@ -377,7 +379,9 @@ def rotationally_invariant_shrinkage(eigenvalues, nodes, weights, variance, size
     return lambdas - 2 * s * jnp.sum(weights * u / (u**2 + eta_squared), -1)
 
 
-def outlier_true_eigenvalue(eigenvalues, nodes, weights, variance, size):
+def outlier_true_eigenvalue(
+    eigenvalues: Any, nodes: Any, weights: Any, variance: Any, size: Any
+) -> jax.Array:
     r"""Nu = lambda - s^2 g(lambda), own atom excluded: back from an outlier.
 
     `true_eigenvalue` where the rest of the true Hessian is not 0. The own atom is every

@@ -5,13 +5,15 @@
 Eqs. 5, 17 and 19 of the paper: arithmetic on what `rmtdamp.hessian` has measured.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from rmtdamp._types import Params
 
 
-def curvature_ratio(curvature: Params, damping) -> jax.Array:
+def curvature_ratio(curvature: Params, damping: jax.typing.ArrayLike) -> jax.Array:
     """Eq. 5: learning rate in the flattest over that in the sharpest direction.
 
     R = (max s + delta) / (min s + delta) over all elements s of `curvature`. It is 1
@@ -42,7 +44,12 @@ def curvature_ratio(curvature: Params, damping) -> jax.Array:
     return (largest + damping) / (smallest + damping)
 
 
-def stable_learning_rate(max_eigenvalue, *, momentum=0.0, averaged=False):
+def stable_learning_rate(
+    max_eigenvalue: jax.typing.ArrayLike,
+    *,
+    momentum: Any = 0.0,
+    averaged: bool = False,
+) -> jax.Array:
     r"""The largest learning rate at which a quadratic does not diverge.
 
     The step is x <- x - alpha D^-1 g with D = B + delta. With lambda the largest
@@ -83,7 +90,9 @@ def stable_learning_rate(max_eigenvalue, *, momentum=0.0, averaged=False):
     return jnp.where(positive | jnp.isnan(eigenvalue), bound + 0 * eigenvalue, jnp.inf)
 
 
-def stable_learning_rate_bound(hessian_diagonal: Params, preconditioner: Params):
+def stable_learning_rate_bound(
+    hessian_diagonal: Params, preconditioner: Params
+) -> jax.Array:
     """Eq. 19: an upper bound of the largest stable learning rate.
 
     2 / max_i (|phi_i^T H phi_i| / (eta_i + delta)), for a preconditioner that is

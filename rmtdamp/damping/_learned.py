@@ -119,8 +119,8 @@ class LearnedDamping(NamedTuple):
 
 
 def initial_damping(
-    damping,
-    dtype,
+    damping: jax.typing.ArrayLike,
+    dtype: Any,
     shape: tuple[int, ...] = (),
     eigenvector: Params = None,
     probe: Params = None,
@@ -201,12 +201,12 @@ def _held(old, new, kept) -> jax.Array:
 def learn_damping(
     learned: LearnedDamping,
     measured: HessianMoments | None,
-    step,
+    step: jax.typing.ArrayLike,
     *,
     rule: DampingRule,
-    floor,
-    decay,
-    min_shrinkage,
+    floor: jax.typing.ArrayLike,
+    decay: jax.typing.ArrayLike,
+    min_shrinkage: jax.typing.ArrayLike,
     eigenvalue: Any = None,
     probe: Probe | None = None,
     reduction_ratio: Any = jnp.nan,
@@ -382,8 +382,8 @@ def decide_damping(
     known: Evidence,
     *,
     rule: DampingRule,
-    floor,
-    min_shrinkage,
+    floor: jax.typing.ArrayLike,
+    min_shrinkage: jax.typing.ArrayLike,
     counted: Any = False,
 ) -> LearnedDamping:
     """What a rule that looks at the step decides in it.

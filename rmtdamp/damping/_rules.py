@@ -284,7 +284,7 @@ class StabilityFloor:
     averaged: bool = False
     preconditioned: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_range("safety", self.safety, lambda x: x > 0, "above 0")
         check_range("momentum", self.momentum, lambda x: 0 <= x < 1, "in [0, 1)")
 
@@ -371,7 +371,7 @@ class LargestFraction:
 
     fraction: float = 0.01
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_range("fraction", self.fraction, lambda x: x > 0, "above 0")
 
     def __call__(self, evidence: Evidence) -> Shrinkage:
@@ -445,7 +445,7 @@ class LevenbergMarquardt:
     initial: float = 1.0
     factor: float = 0.95**5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_range("initial", self.initial, lambda x: x > 0, "above 0")
         check_range("factor", self.factor, lambda x: 0 < x < 1, "in (0, 1)")
 

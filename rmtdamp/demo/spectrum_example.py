@@ -10,12 +10,14 @@ read again and again. A fourth item, if there is one, measures Kronecker factors
 """
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rmtdamp._types import Batch, Params
 from rmtdamp.kronecker import ModelFactors, Tape, make_blocks
 
 from ._data import load_digits
@@ -25,7 +27,7 @@ BATCH_SIZE = 256
 NUM_STEPS = 150
 
 
-def model_fn(params, x, tape):
+def model_fn(params: Params, x: jax.Array, tape: Tape) -> jax.Array:
     """Logits of a tanh network on flat images; shows its layers to the tape."""
     for i, (name, layer) in enumerate(params.items()):
         x = jnp.tanh(x) if i else x
@@ -33,12 +35,12 @@ def model_fn(params, x, tape):
     return x
 
 
-def criterion(logits, labels):
+def criterion(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean cross-entropy."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def loss_fn(params, batch):
+def loss_fn(params: Params, batch: Batch) -> jax.Array:
     """Mean cross-entropy of the network on a batch of images and labels."""
     return criterion(model_fn(params, batch[0], Tape(keep=False)), batch[1])
 
@@ -65,7 +67,7 @@ def _train(params, data, order):
     return jax.lax.scan(step, (params, optimiser.init(params)), order)[0][0]
 
 
-def digits():
+def digits() -> tuple[Any, ...]:
     """A small network after 150 steps of Adam on digits, with its data in five batches.
 
     Returns:

@@ -101,7 +101,7 @@ def linen_factors(
     params: Params,
     inputs: Any,
     *,
-    loss_args: tuple = (),
+    loss_args: tuple[Any, ...] = (),
     layers: Layers = None,
     fisher: Fisher = "sampled",
     sample_fn: SampleFn | None = None,

@@ -112,7 +112,7 @@ def curvature_loss(
     return loss_fn
 
 
-def loss_args(model: nnx.Module, *, wrt: Any = nnx.Param) -> tuple[nnx.State]:
+def loss_args(model: nnx.Module, *, wrt: Any = nnx.Param) -> tuple[Any]:
     """The `loss_args` of `curvature_loss`: all state of the model but its params.
 
     Call it in the training step, so that the state is that of the moment.
@@ -135,7 +135,7 @@ def loss_args(model: nnx.Module, *, wrt: Any = nnx.Param) -> tuple[nnx.State]:
 
 
 def refresh(
-    optimizer: nnx.Optimizer,
+    optimizer: "nnx.Optimizer[Any]",
     measurer: Measurer,
     model: nnx.Module,
     batch: Batch,
@@ -210,7 +210,9 @@ class TrainState(train_state.TrainState):
         1
     """
 
-    def apply_gradients(self, *, grads, extra_args=None, **kwargs):
+    def apply_gradients(
+        self, *, grads: Any, extra_args: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
         """One optimiser step.
 
         Args:

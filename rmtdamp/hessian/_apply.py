@@ -162,7 +162,7 @@ def dataset_matvec(
     params: Params,
     batches: Iterable[Batch],
     *,
-    loss_args: tuple = (),
+    loss_args: tuple[Any, ...] = (),
     matvec_fn: Callable[..., Matvec] | None = None,
     wrap: Callable[[Iterable], Iterable] = iter,
     precision: str | None = "highest",

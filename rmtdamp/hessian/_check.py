@@ -1,6 +1,7 @@
 """Is this loss the mean over independent examples that a variance needs?"""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ def check_loss(
     params: Params,
     batch: Batch,
     *,
-    loss_args: tuple = (),
+    loss_args: tuple[Any, ...] = (),
     rtol: float = 1e-3,
 ) -> None:
     """Raise if the loss is not a mean over independent examples. Eager; run it once.

@@ -11,6 +11,7 @@ and one back.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def ggn_matvec(
     params: Params,
     batch: Batch,
     *,
-    loss_args: tuple = (),
+    loss_args: tuple[Any, ...] = (),
     precision: str | None = "highest",
 ) -> Matvec:
     """The generalised Gauss-Newton matrix at one point as a function v -> G v.
@@ -125,7 +126,7 @@ def fisher_matvec(
     key: Key | None = None,
     *,
     sample_fn: SampleFn | None = None,
-    loss_args: tuple = (),
+    loss_args: tuple[Any, ...] = (),
     precision: str | None = "highest",
 ) -> Matvec:
     """The Fisher matrix at one point as a function v -> F v.

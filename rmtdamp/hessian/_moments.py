@@ -320,7 +320,7 @@ def moments(
     batch: Batch,
     key: Key,
     *,
-    loss_args: tuple = (),
+    loss_args: tuple[Any, ...] = (),
     num_microbatches: int = 8,
     num_probes: int = 1,
     batch_size: int | None = None,

@@ -15,6 +15,7 @@ that precision is in part the noise of the arithmetic.
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +153,7 @@ def hvp(
     batch: Batch,
     vector: Params,
     *,
-    loss_args: tuple = (),
+    loss_args: tuple[Any, ...] = (),
     precision: str | None = "highest",
     mode: Mode = "forward-over-reverse",
 ) -> Params:
@@ -228,7 +229,7 @@ def hessian_matvec(
     params: Params,
     batch: Batch,
     *,
-    loss_args: tuple = (),
+    loss_args: tuple[Any, ...] = (),
     precision: str | None = "highest",
     mode: Mode = "forward-over-reverse",
 ) -> Matvec:

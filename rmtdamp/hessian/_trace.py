@@ -259,7 +259,12 @@ def _prepare(matvec, like, key, num_probes, method, methods):
 
 
 def trace(
-    matvec: Matvec, like: Params, key: Key, *, num_probes: int, method="hutchinson"
+    matvec: Matvec,
+    like: Params,
+    key: Key,
+    *,
+    num_probes: int,
+    method: str = "hutchinson",
 ) -> Estimate:
     r"""The trace of a symmetric H from `num_probes` = n products with it, unbiased.
 
@@ -319,7 +324,12 @@ def trace(
 
 
 def diagonal(
-    matvec: Matvec, like: Params, key: Key, *, num_probes: int, method="hutchinson"
+    matvec: Matvec,
+    like: Params,
+    key: Key,
+    *,
+    num_probes: int,
+    method: str = "hutchinson",
 ) -> Estimate:
     r"""The diagonal of a symmetric H from `num_probes` = n products, unbiased.
 

@@ -8,7 +8,7 @@ but for grouped convolutions, whose groups are layers of their own.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class Block(NamedTuple):
         return self.num_outputs // self.groups
 
 
-def make_blocks(params: Params, layers: dict[str, dict]) -> tuple[Block, ...]:
+def make_blocks(params: Params, layers: dict[str, dict[str, Any]]) -> tuple[Block, ...]:
     """The blocks of all params: Kronecker for the given layers, else diagonal.
 
     Args:

@@ -14,6 +14,7 @@ of Hessian in neural networks, 2020 (arXiv 2010.04261).
 
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def dataset_factors(
     batches: Iterable[Batch],
     key: Key,
     *,
-    loss_args: tuple = (),
+    loss_args: tuple[Any, ...] = (),
 ) -> tuple[KroneckerFactors, ...]:
     """The factors of each layer over a data set. Eager.
 

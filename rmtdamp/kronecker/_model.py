@@ -13,7 +13,7 @@ Gradients are those of an example's own loss, N times the mean loss's.
 """
 
 import dataclasses
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,9 @@ class FactorsFn(Protocol):
         """The block of each leaf, from `make_blocks`."""
         ...
 
-    def __call__(self, params: Params, batch: Batch, key: Key, *loss_args) -> Factors:
+    def __call__(
+        self, params: Params, batch: Batch, key: Key, *loss_args: Any
+    ) -> Factors:
         """The factors at one point, in float32 or wider."""
         ...
 
@@ -142,13 +144,15 @@ class ModelFactors:
     num_terms: int = 1
     precision: str | None = "highest"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("fisher", self.fisher, get_args(Fisher))
         check_choice("sharing", self.sharing, get_args(Sharing))
         check_choice("diagonal", self.diagonal, get_args(Diagonal))
         check_range("num_terms", self.num_terms, lambda n: n >= 1, "at least 1")
 
-    def __call__(self, params: Params, batch: Batch, key: Key, *loss_args) -> Factors:
+    def __call__(
+        self, params: Params, batch: Batch, key: Key, *loss_args: Any
+    ) -> Factors:
         """Measure.
 
         Args:

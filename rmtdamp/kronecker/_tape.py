@@ -29,7 +29,8 @@ class Tape:
         self, taps: dict[str, list[jax.Array]] | None = None, *, keep: bool = True
     ):
         # Zeros to be added to the outputs, per layer and call; whether inputs are kept.
-        self.taps, self.keep = taps, keep
+        self.taps: dict[str, list[jax.Array]] | None = taps
+        self.keep: bool = keep
         self.calls: dict[str, list[tuple[jax.Array, jax.Array]]] = {}
 
     def linear(self, name: str, inputs: jax.Array, outputs: jax.Array) -> jax.Array:

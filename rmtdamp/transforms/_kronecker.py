@@ -135,7 +135,7 @@ class KroneckerMeasurer:
     debias: bool = True
     seed: Any = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not hasattr(self.factors_fn, "blocks"):
             raise TypeError(
                 f"factors_fn is of type {type(self.factors_fn).__name__} and has no "

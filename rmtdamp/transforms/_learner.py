@@ -114,7 +114,7 @@ class DampingLearner:
     mode: Mode = "forward-over-reverse"
     labels: Labels | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "labels", as_function(self.labels))
         if not callable(self.loss_fn):
             raise TypeError(

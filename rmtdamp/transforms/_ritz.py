@@ -131,7 +131,7 @@ class RitzMeasurer:
     seed: Any = 0
     precision: str | None = "highest"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not callable(self.loss_fn):
             raise TypeError(
                 f"loss_fn is of type {type(self.loss_fn).__name__}: hand over a "
