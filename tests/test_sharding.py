@@ -273,14 +273,17 @@ def in_elements(function, layout):
     return {kind: [[x // 4 for x in call] for call in of] for kind, of in found.items()}
 
 
+each_counted = pytest.mark.parametrize(
+    "name",
+    [n if n == "lanczos" else pytest.param(n, marks=pytest.mark.slow) for n in COUNTED],
+)
+
+
 def total(calls):
     return sum(map(sum, calls))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n == "lanczos" else pytest.param(n, marks=pytest.mark.slow) for n in COUNTED],
-)
+@each_counted
 def test_data_parallel_a_product_is_one_all_reduce(name):
     function, products = COUNTED[name]
     found = in_elements(function, "data-parallel")
@@ -314,10 +317,7 @@ def test_a_loss_in_shard_map_reduces_a_product_once_for_all():
     )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n == "lanczos" else pytest.param(n, marks=pytest.mark.slow) for n in COUNTED],
-)
+@each_counted
 def test_split_params_are_gathered_and_neither_basis_nor_state(name):
     function, products = COUNTED[name]
     found = in_elements(function, "split")
