@@ -8,11 +8,13 @@ and causal padding are done before), batch axes folded.
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
 
-from rmtdamp.kronecker import Tape
+from rmtdamp._types import Params
+from rmtdamp.kronecker import Tape, leaf_names
 
 Layers = Sequence[str] | Callable[[str], bool] | None
 
@@ -71,34 +73,79 @@ def taped_convolution(tape: Tape, name: str, convolution: Callable | None) -> Ca
     return taped
 
 
-def choose(found: Iterable[str], layers: Layers) -> set[str]:
-    """The layers that a request matches: all, by name or pattern, or by a function.
+def refuse_attend(name: str) -> NoReturn:
+    """An embedding's block sees what is looked up, and not its use as a kernel."""
+    raise ValueError(
+        f"embedding {name!r} is also the model's output layer (attend), which its "
+        "Kronecker block does not see: leave it to a diagonal block (embeddings=)"
+    )
+
+
+def choose_layers(
+    params: Params,
+    linear: dict[str, dict],
+    embedded: dict[str, dict],
+    layers: Layers,
+    embeddings: Layers,
+    full: Layers,
+) -> tuple[dict[str, dict], set[str]]:
+    """What `make_blocks` is to be told of, out of what the model has.
+
+    Args:
+        params: of the model.
+        linear: name -> entry of each linear layer and convolution.
+        embedded: the same for embeddings.
+        layers: which of the first get a Kronecker block, None for all.
+        embeddings: which of the second.
+        full: of which modules the leaves that remain get a full block.
 
     Returns:
-        Their names.
+        Name -> entry of the chosen, sorted; and the names of those that show their
+        inputs to the tape.
+    """
+    entries = {name: linear[name] for name in _chosen("layers", linear, layers)}
+    for name in _chosen("embeddings", embedded, embeddings):
+        entries[name] = embedded[name]
+    taped = set(entries)
+    taken = {leaf for entry in entries.values() for leaf in entry.values()}
+    rest: dict[str, dict] = {}
+    for leaf in leaf_names(params):
+        if leaf not in taken:
+            module = leaf.rpartition("/")[0] or "model"
+            rest.setdefault(module, {"full": []})["full"].append(leaf)
+    entries |= {name: rest[name] for name in _chosen("full", rest, full)}
+    return dict(sorted(entries.items())), taped
+
+
+_KINDS = {
+    "layers": "linear layers and convolutions",
+    "embeddings": "embeddings",
+    "full": "modules with parameters of their own outside layers",
+}
+
+
+def _chosen(argument: str, found: Iterable[str], wanted: Layers) -> set[str]:
+    """The names that a request matches: all, by pattern, or by a function.
+
+    Returns:
+        The names.
 
     Raises:
         ValueError: a name or pattern, or the function, matches none.
     """
     found = list(found)
-    listing = ", ".join(found) or "none"
-    if layers is None:
+    among = f"none of the model's {_KINDS[argument]}: {', '.join(found) or 'none'}"
+    if wanted is None:
         return set(found)
-    if callable(layers):
-        chosen = set(filter(layers, found))
+    if callable(wanted):
+        chosen = set(filter(wanted, found))
         if not chosen:
-            raise ValueError(
-                f"layers matches none of the model's linear layers and convolutions: "
-                f"{listing}"
-            )
+            raise ValueError(f"{argument} matches {among}")
         return chosen
     chosen = set()
-    for pattern in [layers] if isinstance(layers, str) else layers:
+    for pattern in [wanted] if isinstance(wanted, str) else wanted:
         matches = fnmatch.filter(found, pattern)
         if not matches:
-            raise ValueError(
-                f"layers names {pattern!r}, which matches none of the model's linear "
-                f"layers and convolutions: {listing}"
-            )
+            raise ValueError(f"{argument} names {pattern!r}, which matches {among}")
         chosen.update(matches)
     return chosen

@@ -21,9 +21,15 @@ from rmtdamp.kronecker import (
     make_blocks,
 )
 
-from ._hooks import Layers, choose, taped_convolution, taped_dot_general
+from ._hooks import (
+    Layers,
+    choose_layers,
+    refuse_attend,
+    taped_convolution,
+    taped_dot_general,
+)
 
-_LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv)
+_LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.Embed)
 
 
 def _name(module: nn.Module) -> str:
@@ -31,21 +37,20 @@ def _name(module: nn.Module) -> str:
 
 
 def _intercept(answer: Callable) -> Any:
-    """Let `answer(module, args, kwargs)` answer calls of layers, unless it is None."""
+    """Let `answer(call, context, args, kwargs)` answer the calls of layers."""
     inside = False
 
     def interceptor(next_fun, args, kwargs, context):
         nonlocal inside
         module = context.module
-        layer = isinstance(module, _LAYERS) and context.method_name == "__call__"
-        if not layer or inside:
+        of_layer = context.method_name in ("__call__", "attend")
+        if not isinstance(module, _LAYERS) or not of_layer or inside:
             return next_fun(*args, **kwargs)
         inside = True  # the clone's own call goes its way
         try:
-            outputs = answer(module, args, kwargs)
+            return answer(next_fun, context, args, kwargs)
         finally:
             inside = False
-        return next_fun(*args, **kwargs) if outputs is None else outputs
 
     return nn.intercept_methods(interceptor)
 
@@ -55,8 +60,12 @@ def _function(module, attribute: str) -> Callable | None:
     return made() if made else getattr(module, attribute, None)
 
 
-def _taped_call(module, tape, args, kwargs):
-    name = _name(module)
+def _taped_call(tape, next_fun, context, args, kwargs):
+    module, name = context.module, _name(context.module)
+    if context.method_name == "attend":
+        refuse_attend(name)
+    if isinstance(module, nn.Embed):
+        return tape.embedding(name, _inputs(args, kwargs), next_fun(*args, **kwargs))
     if isinstance(module, nn.Conv):
         attribute, wrap = "conv_general_dilated", taped_convolution
     else:
@@ -67,9 +76,16 @@ def _taped_call(module, tape, args, kwargs):
     return clone.apply({"params": module.variables["params"]}, *args, **kwargs)
 
 
+def _inputs(args, kwargs):
+    return args[0] if args else kwargs["inputs"]
+
+
 def _layer(module, inputs, leaves: dict[str, tuple]) -> dict | None:
     """The layer's entry for `make_blocks`; None if its block is diagonal."""
     leaf = lambda name: "/".join((*module.path, name))
+    if isinstance(module, nn.Embed):
+        table = leaf("embedding")
+        return {"embedding": table} if len(leaves.get(table, ())) == 2 else None
     spec: dict[str, Any] = {"kernel": leaf("kernel")}
     if isinstance(module, nn.Conv):
         if module.mask is not None:  # its kernel is not what is multiplied
@@ -103,6 +119,8 @@ def linen_factors(
     *,
     loss_args: tuple[Any, ...] = (),
     layers: Layers = None,
+    embeddings: Layers = (),
+    full: Layers = (),
     fisher: Fisher = "sampled",
     sample_fn: SampleFn | None = None,
     sharing: Sharing = "expand",
@@ -114,7 +132,8 @@ def linen_factors(
 
     `nn.Dense`, `nn.DenseGeneral` (with it attention) and `nn.Conv` of any stride,
     padding, dilation and feature groups get a Kronecker block, the bias folded in; all
-    else (norm scales, embeddings, bare params, layers inside `nn.scan`) a diagonal one.
+    else (bare params, layers inside `nn.scan`, and without `embeddings` and `full`
+    embeddings and norms) a diagonal one.
     `rmtdamp.kronecker.block_table(factors_fn.blocks)` says which.
 
     Args:
@@ -126,6 +145,11 @@ def linen_factors(
         loss_args: an example of further arguments (batch statistics), for shapes.
         layers: which layers get a Kronecker block: names or patterns such as
             "encoder/*", or a function of the name; default all.
+        embeddings: which embeddings get a Kronecker block, in the same way; default
+            none. Not one of positions, which the examples share, or one that is the
+            output layer too.
+        full: of which modules the parameters outside layers get a full block together,
+            in the same way; default none. For norms: ("*norm*",).
         fisher: "sampled", "empirical" or "ggn"; this and the rest: see `ModelFactors`.
         sample_fn: draws targets.
         sharing: "expand" or "reduce".
@@ -138,7 +162,8 @@ def linen_factors(
         Make it once.
 
     Raises:
-        ValueError: `layers` matches nothing.
+        ValueError: `layers`, `embeddings` or `full` matches nothing; when measured, an
+            embedding that does not see the examples, or is the output layer too.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -166,23 +191,28 @@ def linen_factors(
         name: tuple(leaf.shape)
         for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True)
     }
-    specs: dict[str, dict] = {}
+    linear: dict[str, dict] = {}
+    embedded: dict[str, dict] = {}
 
-    def discover(module, args, kwargs):
-        spec = _layer(module, args[0] if args else kwargs["inputs"], leaves)
-        if spec is not None:
-            specs[_name(module)] = spec
+    def discover(next_fun, context, args, kwargs):
+        module = context.module
+        if context.method_name == "__call__":
+            spec = _layer(module, _inputs(args, kwargs), leaves)
+            if spec is not None:
+                found = embedded if isinstance(module, nn.Embed) else linear
+                found[_name(module)] = spec
+        return next_fun(*args, **kwargs)
 
     with _intercept(discover):
         # A function of its own: JAX remembers the shapes of one that it has met.
         jax.eval_shape(lambda *args: model_fn(*args), params, inputs, *loss_args)
-    chosen = choose(specs, layers)
+    entries, taped = choose_layers(params, linear, embedded, layers, embeddings, full)
 
     def taped_fn(params, inputs, tape, *loss_args):
-        def answer(module, args, kwargs):
-            if _name(module) in chosen:
-                return _taped_call(module, tape, args, kwargs)
-            return None
+        def answer(next_fun, context, args, kwargs):
+            if _name(context.module) in taped:
+                return _taped_call(tape, next_fun, context, args, kwargs)
+            return next_fun(*args, **kwargs)
 
         with _intercept(answer):
             return model_fn(params, inputs, *loss_args)
@@ -190,7 +220,7 @@ def linen_factors(
     return ModelFactors(
         model_fn=taped_fn,
         criterion=criterion,
-        blocks=make_blocks(params, {name: specs[name] for name in sorted(chosen)}),
+        blocks=make_blocks(params, entries),
         fisher=fisher,
         sample_fn=sample_fn,
         sharing=sharing,

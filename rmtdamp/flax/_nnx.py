@@ -1,5 +1,6 @@
 """nnx model, criterion -> ModelFactors: a copy's layers are tapped from outside."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,13 @@ from rmtdamp.kronecker import (
     make_blocks,
 )
 
-from ._hooks import Layers, choose, taped_convolution, taped_dot_general
+from ._hooks import (
+    Layers,
+    choose_layers,
+    refuse_attend,
+    taped_convolution,
+    taped_dot_general,
+)
 from ._training import state_of
 
 
@@ -52,12 +59,30 @@ def _layer(path: tuple, module, leaves: dict[str, tuple]) -> dict | None:
     return spec
 
 
+@functools.cache
+def _taped_embed(kind: type[nnx.Embed]) -> type[nnx.Embed]:
+    """A class of embeddings that show what they look up; nnx has no hook for it."""
+
+    class TapedEmbed(kind):
+        tape: Any
+
+        def __call__(self, inputs, *args, **kwargs):
+            return self.tape(inputs, super().__call__(inputs, *args, **kwargs))
+
+        def attend(self, *args, **kwargs):
+            refuse_attend(self.tape.args[0])
+
+    return TapedEmbed
+
+
 def nnx_factors(
     model: nnx.Module,
     criterion: Criterion,
     *,
     forward: Callable[[Any, Any], Any] | None = None,
     layers: Layers = None,
+    embeddings: Layers = (),
+    full: Layers = (),
     wrt: Any = nnx.Param,
     fisher: Fisher = "sampled",
     sample_fn: SampleFn | None = None,
@@ -70,9 +95,10 @@ def nnx_factors(
 
     `nnx.Linear`, `nnx.LinearGeneral` (with it `nnx.MultiHeadAttention`) and `nnx.Conv`
     of any stride, padding, dilation and feature groups get a Kronecker block, the bias
-    folded in; all else (norm scales, embeddings, bare `nnx.Param`s, layers of
-    `nnx.vmap`) a diagonal one. `rmtdamp.kronecker.block_table(factors_fn.blocks)` says
-    which. Measured in evaluation mode, as `curvature_loss`.
+    folded in; all else (bare `nnx.Param`s, layers of `nnx.vmap`, and without
+    `embeddings` and `full` embeddings and norms) a diagonal one.
+    `rmtdamp.kronecker.block_table(factors_fn.blocks)` says which. Measured in
+    evaluation mode, as `curvature_loss`.
 
     Args:
         model: only its structure is used, and it is left as it is.
@@ -81,6 +107,11 @@ def nnx_factors(
             batch is a pair (inputs, targets).
         layers: which layers get a Kronecker block: names or patterns such as
             "encoder/*", or a function of the name; default all.
+        embeddings: which embeddings get a Kronecker block, in the same way; default
+            none. Not one of positions, which the examples share, or one that is the
+            output layer too.
+        full: of which modules the parameters outside layers get a full block together,
+            in the same way; default none. For norms: ("*norm*",).
         wrt: the variables that are trained, as for `nnx.Optimizer`.
         fisher: "sampled", "empirical" or "ggn"; this and the rest: see `ModelFactors`.
         sample_fn: draws targets.
@@ -95,7 +126,8 @@ def nnx_factors(
         Make it once.
 
     Raises:
-        ValueError: `layers` matches nothing.
+        ValueError: `layers`, `embeddings` or `full` matches nothing; when measured, an
+            embedding that does not see the examples, or is the output layer too.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -143,19 +175,22 @@ def nnx_factors(
         name: tuple(leaf.shape)
         for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True)
     }
-    specs = {}
+    linear, embedded = {}, {}
     for path, module in nnx.iter_modules(copy):
         spec = _layer(path, module, leaves)
+        table = "/".join(map(str, (*path, "embedding")))
         if spec is not None:
-            specs[_name(path)] = spec
-    chosen = choose(specs, layers)
+            linear[_name(path)] = spec
+        elif isinstance(module, nnx.Embed) and len(leaves.get(table, ())) == 2:
+            embedded[_name(path)] = {"embedding": table}
+    entries, taped = choose_layers(params, linear, embedded, layers, embeddings, full)
 
     def model_fn(params, inputs, tape, *state):
         state = state_of(rest, state, "nnx_factors")
         tapped = nnx.merge(graphdef, params, state, copy=True)
         for path, module in nnx.iter_modules(tapped):
             name = _name(path)
-            if name not in chosen:
+            if name not in taped:
                 continue
             if isinstance(module, nnx.Conv):
                 hook = module.conv_general_dilated
@@ -163,12 +198,16 @@ def nnx_factors(
             elif isinstance(module, nnx.Linear | nnx.LinearGeneral):
                 hook = module.dot_general
                 module.dot_general = taped_dot_general(tape, name, hook)
+            elif isinstance(module, nnx.Embed):
+                embed: Any = module
+                embed.__class__ = _taped_embed(type(module))
+                embed.tape = functools.partial(tape.embedding, name)
         return tapped(inputs) if forward is None else forward(tapped, inputs)
 
     return ModelFactors(
         model_fn=model_fn,
         criterion=criterion,
-        blocks=make_blocks(params, {name: specs[name] for name in sorted(chosen)}),
+        blocks=make_blocks(params, entries),
         fisher=fisher,
         sample_fn=sample_fn,
         sharing=sharing,

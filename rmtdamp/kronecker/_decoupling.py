@@ -186,7 +186,11 @@ def _top(block: Block, basis: Eigenbasis, k: int) -> tuple[jax.Array, list]:
     values = basis.input_values[:, :, None] * basis.output_values[:, None, :]
     top, places = jax.lax.top_k(jnp.ravel(values), k)
     group, i, j = jnp.unravel_index(places, values.shape)
-    left, right = basis.inputs[group, :, i], basis.outputs[group, :, j]
+    if basis.inputs.ndim == 2:
+        left = jax.nn.one_hot(i, block.rows, dtype=basis.inputs.dtype)
+    else:
+        left = basis.inputs[group, :, i]
+    right = basis.outputs[group, :, j]
     ones = jax.nn.one_hot(group, block.groups, dtype=left.dtype)
     matrices = jnp.einsum("kg,ka,ko->kgao", ones, left, right, precision="highest")
     return top, jax.vmap(functools.partial(from_matrix, block))(matrices)

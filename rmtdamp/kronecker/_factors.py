@@ -8,8 +8,12 @@ Vectorised row by row, a layer's weight matrix has the curvature kron(A, G). N i
 number of examples, T the number of places (pixels, time steps, calls) where an example
 meets the same weights, C the number of gradients that an example brings (1 for a Fisher
 matrix from labels, the number of outputs for the exact Gauss-Newton matrix).
+
+The A of an embedding is diagonal, and stands as its diagonal: (groups, rows) where
+others are (groups, rows, rows). Its eigenvectors stand as ones.
 """
 
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -36,7 +40,7 @@ class LayerRecord(NamedTuple):
         8 examples, 1 gradient each
     """
 
-    inputs: jax.Array  # (N, T, groups, rows), with the 1 of the bias
+    inputs: jax.Array  # (N, T, groups, rows), with the 1 of the bias; indices (N, T)
     gradients: jax.Array  # (C, N, T, groups, columns)
 
 
@@ -51,7 +55,7 @@ class KroneckerFactors(NamedTuple):
         6.0
     """
 
-    inputs: jax.Array  # (groups, rows, rows), A
+    inputs: jax.Array  # (groups, rows, rows), A; its diagonal for an embedding
     outputs: jax.Array  # (groups, columns, columns), G
 
 
@@ -67,9 +71,9 @@ class Eigenbasis(NamedTuple):
         ((1, 2), (1, 4))
     """
 
-    inputs: jax.Array  # (groups, rows, rows), Q_A
+    inputs: jax.Array  # (groups, rows, rows), Q_A; ones for an embedding
     outputs: jax.Array  # (groups, columns, columns), Q_G
-    input_values: jax.Array  # (groups, rows), l_A, ascending
+    input_values: jax.Array  # (groups, rows), l_A, ascending but for an embedding
     output_values: jax.Array  # (groups, columns), l_G, ascending
 
 
@@ -110,11 +114,13 @@ def layer_record(
     """Bring inputs and output gradients into the form that factors are made from.
 
     Args:
-        inputs: (N, T, groups, rows without bias).
+        inputs: (N, T, groups, rows without bias), or the indices (N, T) of an
+            embedding.
         gradients: (C, N, T, groups, columns), each of an example's own loss.
         bias: whether to append the 1 that the bias is multiplied with.
         sharing: "expand" keeps the T places; "reduce" takes the mean of the inputs
-            and the sum of the gradients over them first.
+            and the sum of the gradients over them first. Embeddings keep them: the
+            mean of ones at different rows would fill A.
         dtype: of the record; default float32 or wider.
 
     Returns:
@@ -124,8 +130,12 @@ def layer_record(
         Eschenhagen, Immer, Turner, Schneider and Hennig, Kronecker-factored approximate
         curvature for modern neural network architectures, 2023, sections 3.2 and 3.3.
     """
-    dtype = dtype or accumulation_dtype((inputs, gradients))
-    inputs, gradients = inputs.astype(dtype), gradients.astype(dtype)
+    floats = gradients if _is_lookup(inputs) else (inputs, gradients)
+    dtype = dtype or accumulation_dtype(floats)
+    gradients = gradients.astype(dtype)
+    if _is_lookup(inputs):
+        return LayerRecord(inputs, gradients)
+    inputs = inputs.astype(dtype)
     if bias:
         ones = jnp.ones_like(inputs[..., :1])
         inputs = jnp.concatenate([inputs, ones], axis=-1)
@@ -135,7 +145,11 @@ def layer_record(
     return LayerRecord(inputs, gradients)
 
 
-def kronecker_factors(record: LayerRecord) -> KroneckerFactors:
+def _is_lookup(inputs: jax.Array) -> bool:
+    return jnp.issubdtype(inputs.dtype, jnp.integer)
+
+
+def kronecker_factors(record: LayerRecord, rows: int) -> KroneckerFactors:
     """A = (NT)^-1 sum a a^T and G = N^-1 sum g g^T, over examples, places, gradients.
 
     `A x G` is the block exactly for one example with T = 1 and C = 1, for a G that does
@@ -144,6 +158,7 @@ def kronecker_factors(record: LayerRecord) -> KroneckerFactors:
 
     Args:
         record: of the layer.
+        rows: of its weight matrix, which the indices of an embedding do not tell.
 
     Returns:
         The two factors.
@@ -153,13 +168,20 @@ def kronecker_factors(record: LayerRecord) -> KroneckerFactors:
         approximate curvature, 2015, section 3. Grosse and Martens, A Kronecker-factored
         approximate Fisher matrix for convolution layers, 2016, section 3.
     """
-    return automatic(_kronecker_factors, lambda: explicitly_split(record), record)
+    return automatic(
+        functools.partial(_kronecker_factors, rows),
+        lambda: explicitly_split(record),
+        record,
+    )
 
 
-def _kronecker_factors(record: LayerRecord) -> KroneckerFactors:
+def _kronecker_factors(rows: int, record: LayerRecord) -> KroneckerFactors:
     a, g = record
     count, places = a.shape[:2]
-    inputs = jnp.einsum("ntka,ntkb->kab", a, a, precision="highest")
+    if _is_lookup(a):
+        inputs = jnp.zeros((1, rows), g.dtype).at[0, jnp.ravel(a)].add(1)
+    else:
+        inputs = jnp.einsum("ntka,ntkb->kab", a, a, precision="highest")
     outputs = jnp.einsum("cntko,cntkp->kop", g, g, precision="highest")
     return KroneckerFactors(inputs / (count * places), outputs / count)
 
@@ -178,7 +200,10 @@ def eigenbasis(factors: KroneckerFactors) -> Eigenbasis:
         >>> print(basis.input_values, basis.output_values)
         [[2. 2.]] [[3. 3. 3. 3.]]
     """
-    input_values, inputs = jnp.linalg.eigh(factors.inputs)
+    if factors.inputs.ndim == 2:
+        input_values, inputs = factors.inputs, jnp.ones_like(factors.inputs)
+    else:
+        input_values, inputs = jnp.linalg.eigh(factors.inputs)
     output_values, outputs = jnp.linalg.eigh(factors.outputs)
     clip = lambda values: jnp.maximum(values, 0)
     return Eigenbasis(inputs, outputs, clip(input_values), clip(output_values))
@@ -215,9 +240,11 @@ def second_moments(record: LayerRecord, basis: Eigenbasis) -> jax.Array:
         gradient descent in a Kronecker-factored eigenbasis, 2018, section 3.
     """
     project = lambda x, q: jnp.einsum("...kx,kxy->...ky", x, q, precision="highest")
-    a = project(record.inputs, basis.inputs)
     g = project(record.gradients, basis.outputs)
-    count, places = a.shape[:2]
+    count, places = record.inputs.shape[:2]
+    if _is_lookup(record.inputs):
+        return _lookup_moments(record.inputs, g[:, :, :, 0], basis.inputs.shape[1])
+    a = project(record.inputs, basis.inputs)
     if places == 1:
         squares = jnp.sum(g[:, :, 0] ** 2, axis=0)
         total = jnp.einsum("nka,nko->kao", a[:, 0] ** 2, squares, precision="highest")
@@ -225,3 +252,18 @@ def second_moments(record: LayerRecord, basis: Eigenbasis) -> jax.Array:
         per_example = jnp.einsum("ntka,cntko->cnkao", a, g, precision="highest")
         total = jnp.sum(per_example**2, axis=(0, 1))
     return total / count
+
+
+def _lookup_moments(indices: jax.Array, g: jax.Array, rows: int) -> jax.Array:
+    """`second_moments` of an embedding, from indices (N, T) and g (C, N, T, columns).
+
+    The square of a sum over the places of one token is a sum over them of g times it.
+
+    Returns:
+        (1, rows, columns).
+    """
+    same = (indices[:, :, None] == indices[:, None, :]).astype(g.dtype)
+    sums = jnp.einsum("nts,cnso->cnto", same, g, precision="highest")
+    per_place = jnp.reshape(jnp.sum(g * sums, axis=0), (-1, g.shape[-1]))
+    total = jnp.zeros((1, rows, g.shape[-1]), g.dtype)
+    return total.at[0, jnp.ravel(indices)].add(per_place) / len(indices)

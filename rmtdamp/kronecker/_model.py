@@ -13,6 +13,7 @@ Gradients are those of an example's own loss, N times the mean loss's.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, Literal, Protocol, get_args
 
 import jax
@@ -24,7 +25,13 @@ from rmtdamp._tree import accumulation_dtype, check_params, num_examples
 from rmtdamp._types import Batch, Criterion, Key, ModelFn, Params, SampleFn
 
 from ._blocks import Block
-from ._factors import Factors, Sharing, kronecker_factors, layer_record
+from ._factors import (
+    Factors,
+    LayerRecord,
+    Sharing,
+    kronecker_factors,
+    layer_record,
+)
 from ._tape import Tape
 
 Fisher = Literal["sampled", "empirical", "ggn"]
@@ -68,8 +75,10 @@ class ModelFactors:
 
     For a layer with inputs a and output gradients g the block is A x G (Kronecker
     product), A = E[a a^T] and G = E[g g^T], where a layer that meets an example at T
-    places sums or averages over them (`sharing`); every other leaf has the mean over
-    examples of its squared gradients. Which gradients is `fisher`:
+    places sums or averages over them (`sharing`). For an embedding a is one-hot and A
+    the diagonal of the tokens' frequencies. A full block is E[v v^T] for the gradient v
+    of an example in all of its leaves; every other leaf has the mean over examples of
+    its squared gradients. Which gradients is `fisher`:
 
     - "sampled": labels drawn from the model, `sample_fn(key, outputs)`. In expectation
       this is the Fisher matrix, the Gauss-Newton matrix of a likelihood. One backward
@@ -93,18 +102,19 @@ class ModelFactors:
         sharing: "expand" treats the T places as independent, "reduce" as parts of a
             mean: see `layer_record`.
         diagonal: "examples" runs the model example by example, which costs a gradient
-            and N copies of the diagonal leaves; "signs" squares one gradient of the
-            batch in which examples have random signs, N times cheaper in memory and
-            right in expectation (large embeddings).
+            and N copies of the diagonal leaves and full blocks; "signs" squares one
+            gradient of the batch in which examples have random signs, N times cheaper
+            in memory and right in expectation (large embeddings).
         num_terms: independent terms per example that the loss takes the mean over, such
             as tokens; the squared gradients of "sampled" and "empirical" grow by it, so
             that they have the Hessian's scale.
         precision: matmul precision; None leaves the global setting.
 
     Raises:
-        ValueError: an unknown choice; when called, a bad batch, outputs without a row
-            per example, sampled targets unlike those of the batch, a layer that the
-            model does not show or that is called with different shapes.
+        ValueError: an unknown choice, full blocks with diagonal="signs"; when called, a
+            bad batch, outputs without a row per example, sampled targets unlike those
+            of the batch, a layer that the model does not show, that is called with
+            different shapes or that does not see the examples.
         TypeError: when called, params that are not real floats, or a loss that is not
             a scalar.
 
@@ -149,6 +159,13 @@ class ModelFactors:
         check_choice("sharing", self.sharing, get_args(Sharing))
         check_choice("diagonal", self.diagonal, get_args(Diagonal))
         check_range("num_terms", self.num_terms, lambda n: n >= 1, "at least 1")
+        full = [block.name for block in self.blocks if block.kind == "full"]
+        if full and self.diagonal == "signs":
+            raise ValueError(
+                f"the full blocks of {', '.join(full)} need each example's gradient, "
+                "and diagonal='signs' has one of the batch: take 'examples', or leave "
+                "them to diagonal blocks"
+            )
 
     def __call__(
         self, params: Params, batch: Batch, key: Key, *loss_args: Any
@@ -172,10 +189,19 @@ class ModelFactors:
             check_outputs(outputs, inputs)
             directions = self._directions(outputs, targets, label_key)
             gradients = _each(pull, directions)
-            records = self._records(calls, gradients, num_examples(inputs), params)
-            kronecker = tuple(map(kronecker_factors, records))
             measure = self._per_example if self.diagonal == "examples" else self._signed
-            diagonal = measure(params, inputs, loss_args, directions, sign_key)
+            diagonal, full = measure(params, inputs, loss_args, directions, sign_key)
+            layers = [block for block in self.blocks if block.groups]
+            records = tuple(
+                full[block.name]
+                if block.kind == "full"
+                else self._record(block, calls, gradients, inputs, params)
+                for block in layers
+            )
+            kronecker = tuple(
+                kronecker_factors(record, block.rows)
+                for record, block in zip(records, layers, strict=True)
+            )
         return Factors(kronecker, diagonal, records)
 
     def _run(self, params, inputs, loss_args):
@@ -213,44 +239,42 @@ class ModelFactors:
         gradient = jax.grad(self.criterion)(outputs, targets)
         return jax.tree.map(lambda u: count * self.num_terms**0.5 * u[None], gradient)
 
-    def _records(self, calls, gradients, count, params):
-        dtype = accumulation_dtype(params)
-        records = []
-        for block in self.blocks:
-            if not block.groups:
-                continue
-            if block.name not in calls:
-                raise ValueError(
-                    f"layer {block.name!r} was not called by the model: leave it to a "
-                    "diagonal block (layers=)"
-                )
-            rows = [x for x, _ in calls[block.name]]
-            if rows[0].shape[0] % count:
-                raise ValueError(
-                    f"layer {block.name!r} sees {rows[0].shape[0]} rows, which "
-                    f"{count} examples do not divide, so they cannot be told apart: "
-                    "leave it to a diagonal block (layers=)"
-                )
-            a = [jnp.reshape(x, (count, -1, *x.shape[1:])) for x in rows]
-            g = [
-                jnp.reshape(x, (x.shape[0], count, -1, block.groups, block.columns))
-                for x in gradients[block.name]
-            ]
-            records.append(
-                layer_record(
-                    jnp.concatenate(a, axis=1),
-                    jnp.concatenate(g, axis=2),
-                    bias=len(block.leaves) > 1,
-                    sharing=self.sharing,
-                    dtype=dtype,
-                )
+    def _record(self, block, calls, gradients, inputs, params):
+        count = num_examples(inputs)
+        if block.name not in calls:
+            raise ValueError(
+                f"layer {block.name!r} was not called by the model: leave it to a "
+                "diagonal block (layers=)"
             )
-        return tuple(records)
+        rows = [x for x, _ in calls[block.name]]
+        if rows[0].shape[0] % count:
+            raise ValueError(
+                f"layer {block.name!r} sees {rows[0].shape[0]} rows, which "
+                f"{count} examples do not divide, so they cannot be told apart: "
+                "leave it to a diagonal block (layers=)"
+            )
+        a = [jnp.reshape(x, (count, -1, *x.shape[1:])) for x in rows]
+        g = [
+            jnp.reshape(x, (x.shape[0], count, -1, block.groups, block.columns))
+            for x in gradients[block.name]
+        ]
+        return layer_record(
+            jnp.concatenate(a, axis=1),
+            jnp.concatenate(g, axis=2),
+            bias=len(block.leaves) > 1,
+            sharing=self.sharing,
+            dtype=accumulation_dtype(params),
+        )
 
-    def _diagonal_model(self, params, loss_args):
-        """The diagonal leaves, and the model as a function of them and of inputs."""
+    def _untaped(self, params, loss_args):
+        """The leaves that no layer has, and the model as their function and inputs'."""
         leaves, treedef = jax.tree.flatten(params)
-        places = [block.leaves[0] for block in self.blocks if not block.groups]
+        places = [
+            place
+            for block in self.blocks
+            if not block.groups or block.kind == "full"
+            for place in block.leaves
+        ]
 
         def model(chosen, inputs):
             mixed = list(leaves)
@@ -262,26 +286,46 @@ class ModelFactors:
         return tuple(leaves[place] for place in places), model
 
     def _per_example(self, params, inputs, loss_args, directions, key):
-        """Mean over examples of the squared gradients, summed over the C of each."""
-        chosen, model = self._diagonal_model(params, loss_args)
+        """Mean over examples of the squared gradients, summed over the C of each.
+
+        Returns:
+            These for the diagonal blocks, and by name the records of full ones.
+        """
+        chosen, model = self._untaped(params, loss_args)
         if not chosen:
-            return ()
+            return (), {}
         dtype = accumulation_dtype(params)
 
-        def squares(x, u):
+        def measure(x, u):
             row = lambda leaf: leaf[None]
             _, pull = jax.vjp(lambda c: model(c, jax.tree.map(row, x)), chosen)
             (gradients,) = _each(lambda v: pull(jax.tree.map(row, v)), u)
-            return [jnp.sum(jnp.square(g.astype(dtype)), axis=0) for g in gradients]
+            gradients = iter([g.astype(dtype) for g in gradients])  # (C, ...) each
+            squares, full = [], {}
+            for block in self.blocks:
+                if block.kind == "full":
+                    parts = [next(gradients) for _ in block.leaves]
+                    parts = [jnp.reshape(g, (len(g), -1)) for g in parts]
+                    full[block.name] = jnp.concatenate(parts, axis=1)
+                elif not block.groups:
+                    squares.append(jnp.sum(jnp.square(next(gradients)), axis=0))
+            return squares, full
 
-        over_examples = jax.vmap(squares, in_axes=(0, 1))(inputs, directions)
-        return tuple(jnp.mean(x, axis=0) for x in over_examples)
+        squares, full = jax.vmap(measure, in_axes=(0, 1))(inputs, directions)
+        records = {
+            name: LayerRecord(
+                jnp.ones((len(g), 1, 1, 1), dtype),
+                jnp.swapaxes(g, 0, 1)[:, :, None, None],
+            )
+            for name, g in full.items()
+        }
+        return tuple(jnp.mean(x, axis=0) for x in squares), records
 
     def _signed(self, params, inputs, loss_args, directions, key):
         """The squared gradient of the batch with random signs, over N."""
-        chosen, model = self._diagonal_model(params, loss_args)
+        chosen, model = self._untaped(params, loss_args)
         if not chosen:
-            return ()
+            return (), {}
         dtype = accumulation_dtype(params)
         num_gradients, count = jax.tree.leaves(directions)[0].shape[:2]
         signs = jax.random.rademacher(key, (num_gradients, count))
@@ -289,9 +333,10 @@ class ModelFactors:
             lambda u: jnp.einsum("cn,cn...->n...", signs.astype(u.dtype), u), directions
         )
         _, pull = jax.vjp(lambda c: model(c, inputs), chosen)
-        return tuple(
+        squares = [
             jnp.square(gradient.astype(dtype)) / count for gradient in pull(signed)[0]
-        )
+        ]
+        return tuple(squares), {}
 
 
 def _zeros_like_outputs(calls_fn, *arguments):
@@ -319,7 +364,33 @@ def _zeros_like_outputs(calls_fn, *arguments):
         raise ValueError(hint) from error
     if is_traced(traced.consts):  # what came from neither arguments nor constants
         raise ValueError(hint)
+    params, inputs, _ = arguments
+    first = len(jax.tree.leaves(params))
+    follows = _dependence(traced.jaxpr, first, first + len(jax.tree.leaves(inputs)))
+    for name, calls in shapes.items():
+        for y in calls:
+            # Rows for each example may be there without depending on it (positions
+            # spread over the batch); the axis of a tap came first.
+            spread = len(y.shape) > 3 and y.shape[1] == num_examples(inputs)
+            if not next(follows) and not spread:
+                raise ValueError(
+                    f"layer {name!r} has outputs of shape {y.shape[1:]} that do not "
+                    "depend on the inputs, such as an embedding of positions: the "
+                    "examples share them, so their gradients cannot be told apart; "
+                    "leave it to a diagonal block (layers=, embeddings=)"
+                )
     return jax.tree.map(lambda y: jnp.zeros(y.shape[1:], y.dtype), shapes)
+
+
+def _dependence(jaxpr, first: int, last: int) -> Iterator[bool]:
+    """For each output, whether it depends on the arguments from `first` to `last`."""
+    known = set(jaxpr.invars[first:last])
+    for equation in jaxpr.eqns:
+        # Literals cannot be hashed, and depend on nothing.
+        names = (x for x in equation.invars if not hasattr(x, "val"))
+        if not known.isdisjoint(names):
+            known.update(equation.outvars)
+    return (not hasattr(x, "val") and x in known for x in jaxpr.outvars)
 
 
 def _each(pull, directions):

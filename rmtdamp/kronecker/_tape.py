@@ -1,7 +1,8 @@
 """A layer's inputs and outputs, as the model runs -> rows to make factors from.
 
 Each call of a layer is kept as rows (N * T, groups, features), the examples outermost,
-beside its outputs. A second call of a layer is a further place of weight sharing.
+beside its outputs; an embedding's as the indices of its ones, (N * T,). A second call
+of a layer is a further place of weight sharing.
 """
 
 import math
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 class Tape:
     """Keeps the inputs of layers while a model runs, and taps their outputs.
 
-    `linear` and `convolution` return the outputs, which the model must go on with.
+    `linear`, `embedding` and `convolution` return the outputs, which the model must go
+    on with.
 
     Example:
         >>> import jax.numpy as jnp
@@ -49,6 +51,21 @@ class Tape:
             return outputs
         rows = jnp.reshape(inputs, (-1, 1, inputs.shape[-1]))
         return self._add(name, rows, outputs)
+
+    def embedding(self, name: str, indices: jax.Array, outputs: jax.Array) -> jax.Array:
+        """A table of embeddings, whose rows are looked up.
+
+        Args:
+            name: of the layer's block.
+            indices: (N, ...), integers.
+            outputs: (*indices.shape, features).
+
+        Returns:
+            `outputs`, tapped.
+        """
+        if not self.keep:
+            return outputs
+        return self._add(name, jnp.ravel(indices), outputs)
 
     def convolution(
         self,

@@ -393,6 +393,8 @@ def _in_force(blocks, measured, dampings, before: DampedInverses) -> DampedInver
     def inverse(vectors, values, damping):
         size = values.shape[-1]
         inverted, left_out = _quotient(jnp.ones_like(values), values, damping, size)
+        if vectors.ndim == 2:
+            return inverted, left_out
         scaled = vectors * inverted[:, None, :]
         return jnp.einsum(
             "kab,kcb->kac", scaled, vectors, precision="highest"
@@ -475,6 +477,10 @@ def _powered(
     layer = diagonal = 0
     product = lambda spec, x, y: jnp.einsum(spec, x, y, precision="highest")
 
+    def left(spec, matrix, x):
+        """The product; the matrix of an embedding is stored as its diagonal."""
+        return matrix[..., None] * x if matrix.ndim == 2 else product(spec, matrix, x)
+
     def scaled(numerator, curvature, damping, size):
         if power == -1:
             return _quotient(numerator, curvature, damping, size)
@@ -484,7 +490,7 @@ def _powered(
         chosen = [leaves[place].astype(dtype) for place in block.leaves]
         if block.groups and inverses:
             kept, left_out = inverses.factors[layer], jnp.asarray(False)
-            half = product("kab,kbo->kao", kept.inputs, to_matrix(block, chosen))
+            half = left("kab,kbo->kao", kept.inputs, to_matrix(block, chosen))
             results = from_matrix(block, product("kao,kop->kap", half, kept.outputs))
             layer += 1
         elif block.groups:
@@ -493,11 +499,11 @@ def _powered(
                 curvature = state.scales[layer] + damping
             else:
                 curvature = damped_eigenvalues(basis, damping, tikhonov)
-            rotated = product("kab,kao->kbo", basis.inputs, to_matrix(block, chosen))
+            rotated = left("kab,kao->kbo", basis.inputs, to_matrix(block, chosen))
             rotated = product("kbo,kop->kbp", rotated, basis.outputs)
             size = max(block.rows, block.columns)
             divided, left_out = scaled(rotated, curvature, damping, size)
-            back = product("kab,kbp->kap", basis.inputs, divided)
+            back = left("kab,kbp->kap", basis.inputs, divided)
             back = product("kap,kop->kao", back, basis.outputs)
             results = from_matrix(block, back)
             layer += 1

@@ -158,9 +158,14 @@ class KroneckerMeasurer:
         def eye(n, groups):
             return jnp.tile(jnp.eye(n, dtype=dtype)[None], (groups, 1, 1))
 
+        def eye_inputs(block):  # an embedding's is its diagonal
+            if block.kind == "embedding":
+                return ones(block.groups, block.rows)
+            return eye(block.rows, block.groups)
+
         return KroneckerState(
             factors=tuple(
-                KroneckerFactors(eye(b.rows, b.groups), eye(b.columns, b.groups))
+                KroneckerFactors(eye_inputs(b), eye(b.columns, b.groups))
                 for b in layers
             ),
             diagonal=tuple(ones(*b.shapes[0]) for b in blocks if not b.groups),
@@ -175,7 +180,7 @@ class KroneckerMeasurer:
             kfac_rejections=zero(),
             bases=tuple(
                 Eigenbasis(
-                    eye(b.rows, b.groups),
+                    eye_inputs(b),
                     eye(b.columns, b.groups),
                     ones(b.groups, b.rows),
                     ones(b.groups, b.columns),
@@ -214,7 +219,8 @@ def _measure(measurer, state, context):
     found = factors_fn(context.params, context.batch, key, *context.loss_args)
     _check_measured(factors_fn.blocks, state, found, measurer.ekfac)
     dtype = state.factor_weight.dtype
-    return jax.tree.map(lambda x: x.astype(dtype), found)
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # no embedding's indices
+    return jax.tree.map(lambda x: x.astype(dtype) if is_float(x) else x, found)
 
 
 def _check_measured(blocks: tuple[Block, ...], state, found, ekfac) -> None:
