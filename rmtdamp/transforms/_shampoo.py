@@ -23,11 +23,11 @@ from ._spectral_descent import dimension_numbers, folded, ratio
 
 
 class Factor(NamedTuple):
-    """One side of a stack of matrices, k its length."""
+    """One side of a stack of matrices, k its length; or trees of these, as params."""
 
-    average: jax.Array  # (stack, k, k), decaying average of G G^T or G^T G, biased
-    eigenvalues: jax.Array  # (stack, k), of the debiased average, at the last refresh
-    eigenvectors: jax.Array  # (stack, k, k), in columns
+    average: Any  # (stack, k, k), decaying average of G G^T or G^T G, biased
+    eigenvalues: Any  # (stack, k), of the debiased average, at the last refresh
+    eigenvectors: Any  # (stack, k, k), in columns
 
 
 class ShampooBlock(NamedTuple):
@@ -39,7 +39,7 @@ class ShampooBlock(NamedTuple):
 
 
 class ScaleByShampooState(NamedTuple):
-    """State of `scale_by_shampoo`.
+    """State of `scale_by_shampoo`; its trees are like params, with arrays for leaves.
 
     Example:
         >>> import jax.numpy as jnp
@@ -51,11 +51,35 @@ class ScaleByShampooState(NamedTuple):
 
     count: Any  # (), int32, steps taken
     factor_rejections: jax.Array  # (), int32, gradients that were not finite
-    blocks: Any  # tree like params of `ShampooBlock`
+    left: Factor  # of trees; an array without entries where a side has no factor
+    right: Factor
+    squares: Any  # of leaves that are no matrices, else without entries
 
 
-def _is_block(x) -> bool:
-    return isinstance(x, ShampooBlock)
+def _blocks(state: ScaleByShampooState) -> list[ShampooBlock]:
+    """What is known of each leaf."""
+
+    def factors(side):
+        each = zip(*map(jax.tree.leaves, side), strict=True)
+        return [Factor(*arrays) if arrays[0].size else None for arrays in each]
+
+    squares = [x if x.size else None for x in jax.tree.leaves(state.squares)]
+    each = zip(factors(state.left), factors(state.right), squares, strict=True)
+    return [ShampooBlock(*block) for block in each]
+
+
+def _trees(blocks: list[ShampooBlock], treedef, dtype) -> tuple[Factor, Factor, Any]:
+    """The inverse of `_blocks`."""
+    tree = lambda leaves: jax.tree.unflatten(treedef, leaves)
+    nothing = lambda: jnp.zeros(0, dtype)  # not shared, so that a step may donate
+
+    def side(factors):
+        full = [f or Factor(nothing(), nothing(), nothing()) for f in factors]
+        return Factor(*(tree([f[i] for f in full]) for i in range(3)))
+
+    squares = [nothing() if b.squares is None else b.squares for b in blocks]
+    left, right = (side([b[i] for b in blocks]) for i in range(2))
+    return left, right, tree(squares)
 
 
 def _is_factor(x) -> bool:
@@ -244,7 +268,7 @@ def scale_by_shampoo(
         numbers = dimension_numbers(weight_dimension_numbers, params)
         blocks = [block(x, n, dtype) for x, n in zip(leaves, numbers, strict=True)]
         zero = lambda: jnp.zeros((), jnp.int32)
-        return ScaleByShampooState(zero(), zero(), jax.tree.unflatten(treedef, blocks))
+        return ScaleByShampooState(zero(), zero(), *_trees(blocks, treedef, dtype))
 
     def update(updates, state, params=None, *, damping=None, **extra_args):
         del params, extra_args
@@ -254,7 +278,7 @@ def scale_by_shampoo(
     def step(updates, state, damping):
         leaves, treedef = jax.tree.flatten(updates)
         numbers = dimension_numbers(weight_dimension_numbers, updates)
-        blocks, block_treedef = jax.tree.flatten(state.blocks, is_leaf=_is_block)
+        blocks = _blocks(state)
         dtype = accumulation_dtype(updates)
         delta = damping_in_force("scale_by_shampoo", damping, own, state.count, dtype)
         finite = jnp.array(True)
@@ -293,8 +317,8 @@ def scale_by_shampoo(
                     blocks, gradients, ways_back, leaves, strict=True
                 )
             ]
-        blocks = jax.tree.unflatten(block_treedef, blocks)
-        state = ScaleByShampooState(count, rejections, blocks)
+        trees = _trees(blocks, treedef, dtype)
+        state = ScaleByShampooState(count, rejections, *trees)
         return jax.tree.unflatten(treedef, new), state
 
     return optax.GradientTransformationExtraArgs(init, update)
