@@ -176,7 +176,8 @@ def test_attention_is_a_layer_with_places():
     model = attention()
     x = normal(6, 3, 5, 4)
     loss = lambda z, y: jnp.mean((z - y) ** 2)
-    fn = nnx_factors(model, loss, fisher="empirical")
+    options = {"fisher": "empirical", "num_terms": 1}
+    fn = nnx_factors(model, loss, **options)
     params = nnx.as_pure(nnx.state(model, nnx.Param))
     (state,) = rmtdamp.flax.loss_args(model)
     found = measure(fn, params, (x, x), jax.random.key(7), nnx.as_pure(state))
@@ -184,7 +185,7 @@ def test_attention_is_a_layer_with_places():
     linen = nn.MultiHeadDotProductAttention(2, **double)
     variables = linen.init(jax.random.key(8), x)
     model_fn = lambda p, x: linen.apply({"params": p}, x)
-    other = linen_factors(model_fn, loss, variables["params"], x, fisher="empirical")
+    other = linen_factors(model_fn, loss, variables["params"], x, **options)
     assert [b.rows for b in fn.blocks] == [b.rows for b in other.blocks] == [5] * 4
     gradient = jax.grad(lambda p: loss(model_fn(p, x), x))
     leaves = jax.tree.unflatten(

@@ -199,21 +199,76 @@ def test_a_second_call_is_a_second_place():
     jax.tree.map(close, found, expected)
 
 
-def test_sampled_labels_give_the_gauss_newton_factor_on_average():
-    """And `num_terms` gives the scale back that a mean over tokens takes away."""
-    make = functools.partial(
-        ModelFactors, model_fn=single, criterion=cross_entropy, blocks=PLACES_FN.blocks
+def summed(logits, labels):
+    return labels.shape[1] * cross_entropy(logits, labels)
+
+
+def masked(logits, labels):
+    """A mean over the labels that are not below 0."""
+    logp = jnp.take_along_axis(
+        jax.nn.log_softmax(logits), jnp.maximum(labels, 0)[..., None], axis=-1
     )
-    batch = normal(16, N, 2, 3), jnp.zeros((N, 2), jnp.int32)
+    counts = labels >= 0
+    return -jnp.sum(jnp.where(counts, logp[..., 0], 0)) / jnp.sum(
+        counts.astype(logp.dtype)
+    )
+
+
+def noisy(key, outputs):
+    """Targets of `mean_squared`, a likelihood of unit variance."""
+    return outputs + jax.random.normal(key, outputs.shape, outputs.dtype)
+
+
+def mean_squared(outputs, targets):
+    return 0.5 * jnp.mean((outputs - targets) ** 2)
+
+
+INTEGERS = jnp.zeros((N, 2), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "targets", "options"),
+    [
+        (cross_entropy, INTEGERS, {"num_terms": 2}),
+        (cross_entropy, INTEGERS, {}),
+        (summed, INTEGERS, {}),
+        (masked, INTEGERS.at[jnp.arange(N), jnp.arange(N) % 2].set(-1), {}),
+        (mean_squared, normal(13, N, 2, 4), {"sample_fn": noisy}),
+    ],
+    ids=["told", "mean", "sum", "masked mean", "regression"],
+)
+def test_sampled_labels_give_the_gauss_newton_factor_on_average(
+    criterion, targets, options
+):
+    """In scale, too, which a mean over tokens takes away: it is told, or found."""
+    make = functools.partial(
+        ModelFactors, model_fn=single, criterion=criterion, blocks=PLACES_FN.blocks
+    )
+    batch = normal(16, N, 2, 3), targets
     exact = jitted(make(fisher="ggn"), PLACES, batch, jax.random.key(17)).kronecker[0]
     keys = jax.random.split(jax.random.key(18), 2000)
-    draw = lambda key: make(num_terms=2)(PLACES, batch, key).kronecker[0].outputs
+    draw = lambda key: make(**options)(PLACES, batch, key).kronecker[0].outputs
     sampled = jax.jit(jax.vmap(draw))(keys)
     stderr = jnp.std(sampled, axis=0) / len(keys) ** 0.5
     score = (jnp.mean(sampled, axis=0) - exact.outputs) / stderr
     # Ten distinct entries: beyond 4 in one of a thousand seeds, and the seed is fixed.
     assert jnp.max(jnp.abs(score)) < 4
-    assert jnp.max(jnp.abs(exact.outputs) / stderr) > 50
+    assert jnp.max(jnp.abs(exact.outputs) / stderr) > 30
+
+
+def test_a_loss_that_does_not_tell_mean_from_sum_asks():
+    weights = jnp.ones((N, 2, 4))
+    fn = ModelFactors(
+        model_fn=single,
+        criterion=lambda z, y: jnp.mean(weights * (z - y) ** 2),
+        blocks=PLACES_FN.blocks,
+        fisher="empirical",
+    )
+    batch = normal(16, N, 2, 3), normal(13, N, 2, 4)
+    with pytest.raises(
+        ValueError, match=r"targets of shape \(2, 4\).* hand over num_t"
+    ):
+        fn(PLACES, batch, jax.random.key(17))
 
 
 # --- convolutions ------------------------------------------------------------------

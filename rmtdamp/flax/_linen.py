@@ -125,7 +125,7 @@ def linen_factors(
     sample_fn: SampleFn | None = None,
     sharing: Sharing = "expand",
     diagonal: Diagonal = "examples",
-    num_terms: int = 1,
+    num_terms: int | None = None,
     precision: str | None = "highest",
 ) -> ModelFactors:
     """Kronecker factors of an unchanged linen model, for `scale_by_kfac`.
@@ -154,7 +154,8 @@ def linen_factors(
         sample_fn: draws targets.
         sharing: "expand" or "reduce".
         diagonal: "examples" or "signs".
-        num_terms: independent terms per example that the loss takes the mean over.
+        num_terms: independent terms per example that the loss takes the mean over, such
+            as tokens; None finds it.
         precision: matmul precision.
 
     Returns:

@@ -97,7 +97,8 @@ class ModelFactors:
         blocks: from `make_blocks`.
         fisher: "sampled", "empirical" or "ggn".
         sample_fn: draws targets for "sampled"; the default suits logits and integer
-            labels. For half the squared distance:
+            labels, and keeps those below 0, by which a loss may leave places out. For
+            half the squared distance:
             `lambda key, z: z + jax.random.normal(key, z.shape)`.
         sharing: "expand" treats the T places as independent, "reduce" as parts of a
             mean: see `layer_record`.
@@ -107,7 +108,9 @@ class ModelFactors:
             in memory and right in expectation (large embeddings).
         num_terms: independent terms per example that the loss takes the mean over, such
             as tokens; the squared gradients of "sampled" and "empirical" grow by it, so
-            that they have the Hessian's scale.
+            that they have the Hessian's scale. None finds it: where an example has
+            several targets and twice as many would halve the gradient of each, the
+            number of targets that have one; else 1.
         precision: matmul precision; None leaves the global setting.
 
     Raises:
@@ -151,14 +154,15 @@ class ModelFactors:
     sample_fn: SampleFn | None = None
     sharing: Sharing = "expand"
     diagonal: Diagonal = "examples"
-    num_terms: int = 1
+    num_terms: int | None = None
     precision: str | None = "highest"
 
     def __post_init__(self) -> None:
         check_choice("fisher", self.fisher, get_args(Fisher))
         check_choice("sharing", self.sharing, get_args(Sharing))
         check_choice("diagonal", self.diagonal, get_args(Diagonal))
-        check_range("num_terms", self.num_terms, lambda n: n >= 1, "at least 1")
+        if self.num_terms is not None:
+            check_range("num_terms", self.num_terms, lambda n: n >= 1, "at least 1")
         full = [block.name for block in self.blocks if block.kind == "full"]
         if full and self.diagonal == "signs":
             raise ValueError(
@@ -235,9 +239,15 @@ class ModelFactors:
         if self.fisher == "sampled":
             sampled = (self.sample_fn or jax.random.categorical)(key, outputs)
             _check_sampled(sampled, targets)
+            if self.sample_fn is None:
+                sampled = jnp.where(targets < 0, targets, sampled.astype(targets.dtype))
             targets = sampled
         gradient = jax.grad(self.criterion)(outputs, targets)
-        return jax.tree.map(lambda u: count * self.num_terms**0.5 * u[None], gradient)
+        terms = self.num_terms
+        if terms is None:
+            terms = _num_terms(self.criterion, outputs, targets, gradient)
+        root = count * jnp.sqrt(terms)
+        return jax.tree.map(lambda u: root.astype(u.dtype) * u[None], gradient)
 
     def _record(self, block, calls, gradients, inputs, params):
         count = num_examples(inputs)
@@ -425,6 +435,35 @@ def _hessian_roots(criterion, outputs, targets, count):
     roots = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
     roots = jnp.moveaxis(roots, 2, 0).astype(outputs.dtype)
     return jnp.reshape(roots, (-1, *outputs.shape))
+
+
+def _num_terms(criterion, outputs, targets, gradient) -> jax.Array | float:
+    """Targets per example, where the loss is their mean; 1 where it is their sum.
+
+    Returns:
+        A number, of those that have a gradient.
+    """
+    arrays = isinstance(outputs, jax.Array) and isinstance(targets, jax.Array)
+    if not arrays or targets.size == len(targets):
+        return 1.0
+    places = targets.ndim
+    if outputs.shape[:places] != targets.shape:
+        return 1.0
+    twice = lambda x: jnp.concatenate([x, x], axis=1)
+    try:
+        doubled = jax.grad(criterion)(twice(outputs), twice(targets))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"each example has targets of shape {targets.shape[1:]}, and whether the "
+            f"loss is their mean or sum cannot be tried with twice as many ({error}): "
+            "hand over num_terms, their number if it is the mean, else 1"
+        ) from error
+    size = lambda x: jnp.linalg.norm(jnp.ravel(x).astype(jnp.float32))
+    whole = size(gradient)
+    share = size(doubled[:, : targets.shape[1]]) / jnp.where(whole > 0, whole, 1)
+    rows = jnp.reshape(gradient, (*targets.shape, -1))
+    count = jnp.count_nonzero(jnp.any(rows != 0, axis=-1)) / len(targets)
+    return jnp.where(jnp.abs(share - 0.5) < 0.01, jnp.maximum(count, 1), 1)
 
 
 def _check_sampled(sampled, targets) -> None:
