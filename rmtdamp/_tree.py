@@ -7,6 +7,7 @@ bfloat16 or float16 model rounds on the way to a gradient is rounded all the sam
 import functools
 import itertools
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -184,9 +185,11 @@ def check_params(params: Params) -> None:
     """Refuse params without a real-valued Hessian.
 
     Raises:
-        TypeError: a leaf is not an array of a real floating dtype.
+        TypeError: a leaf is not an array of a real floating dtype, or is state of an
+            nnx model that nobody trains.
         ValueError: there is no element at all.
     """
+    _refuse_nnx_state(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
@@ -198,6 +201,25 @@ def check_params(params: Params) -> None:
             )
     if size(params) == 0:
         raise ValueError("params hold no elements, so there is no Hessian to measure")
+
+
+def _refuse_nnx_state(params: Params) -> None:
+    """An nnx module is a pytree, and its running averages would pass for params."""
+    nnx = sys.modules.get("flax.nnx")  # who hands over such a thing has imported it
+    if nnx is None:
+        return
+    state = nnx.BatchStat, nnx.RngState, nnx.Cache, nnx.Intermediate
+    is_variable = lambda x: isinstance(x, nnx.Variable)
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_variable)
+    for path, leaf in leaves:
+        if isinstance(leaf, state):
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} is a {type(leaf).__name__} of an "
+                "nnx model, which is not trained: hand over nnx.state(model, "
+                "nnx.Param) for the params, rmtdamp.flax.curvature_loss(model, "
+                "model_loss) for the loss and rmtdamp.flax.loss_args(model) for its "
+                "loss_args"
+            )
 
 
 def num_examples(batch: Batch, name: str = "batch") -> int:

@@ -103,6 +103,12 @@ def test_restrict_is_the_diagonal_block(over_data):
     )
 
 
+def test_restrict_takes_a_path_as_it_is_printed():
+    """Its brackets are no regular expression, under which every leaf would match."""
+    _, part = restrict(lambda v: v, PARAMS, "[1]['kernel']")
+    assert [x.shape for x in jax.tree.leaves(part)] == [PARAMS[1]["kernel"].shape]
+
+
 def test_restrict_by_function_and_by_nothing():
     matvec = hessian_matvec(mlp_loss, PARAMS, WHOLE)
     _, part = restrict(matvec, PARAMS, lambda path: path.endswith("['kernel']"))

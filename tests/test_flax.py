@@ -215,6 +215,24 @@ def test_a_loss_of_the_model_itself_is_sent_to_curvature_loss():
         optimizer.update(model, grads, batch=BATCH)
 
 
+def test_a_module_in_place_of_its_params_is_refused():
+    """Its running averages would count as parameters."""
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(4, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs))
+    loss = lambda model, batch: jnp.mean(model(batch) ** 2)
+    with pytest.raises(TypeError, match=r"BatchStat .* nnx.state\(model, nnx.Param\)"):
+        rmtdamp.hessian.hessian_matvec(loss, model, jnp.ones((8, 4)))
+    with pytest.raises(TypeError, match=r"RngCount|RngKey"):
+        rmtdamp.check_loss(loss, nnx.state(nnx.Dropout(0.5, rngs=rngs)), jnp.ones(8))
+
+
+def test_swapped_arguments_are_named():
+    model, loss = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), lambda m, b: jnp.mean(m(b))
+    for make in (rmtdamp.flax.curvature_loss, rmtdamp.flax.nnx_factors):
+        with pytest.raises(TypeError, match=r"got a function for its model: hand over"):
+            make(loss, model)
+
+
 def test_check_state_looks_into_an_nnx_optimizer():
     model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
     total = lambda model, batch: jnp.sum(model(batch) ** 2)

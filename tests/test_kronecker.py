@@ -256,6 +256,22 @@ def test_sampled_labels_give_the_gauss_newton_factor_on_average(
     assert jnp.max(jnp.abs(exact.outputs) / stderr) > 30
 
 
+def test_a_single_logit_has_no_label_to_draw():
+    def model(params, x, tape):
+        return single(params, x, tape)[:, :1]
+
+    fn = ModelFactors(
+        model_fn=model,
+        criterion=lambda z, y: jnp.mean(
+            jax.nn.softplus(z[:, 0]) - y.astype(z.dtype) * z[:, 0]
+        ),
+        blocks=PLACES_FN.blocks,
+    )
+    batch = normal(16, N, 3), jnp.arange(N) % 2
+    with pytest.raises(ValueError, match=r"logits of length 1 .*over a sample_fn"):
+        fn(PLACES, batch, jax.random.key(17))
+
+
 def test_a_loss_that_does_not_tell_mean_from_sum_asks():
     weights = jnp.ones((N, 2, 4))
     fn = ModelFactors(

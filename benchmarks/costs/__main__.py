@@ -1,15 +1,18 @@
 """What the library costs: ratios measured side by side, in one run.
 
-    python -m benchmarks.costs SECTION... [--quick] [--fresh]
+    python -m benchmarks.costs [SECTION...] [--quick] [--fresh] [--compare]
 
-Sections: steps, refreshes (of the damping); kfac; products, density (of Hessians);
-penalties (on their trace); vocabulary (a large one: its cross-entropy in chunks);
-precision (of measurements, by dtype: errors, not costs); scaling (over devices: counts
-in compiled programs).
+Sections, all of them by default: steps, refreshes (of the damping); kfac; products,
+density (of Hessians); penalties (on their trace); vocabulary (a large one: its
+cross-entropy in chunks); precision (of measurements, by dtype: errors, not costs);
+first calls (compiling included); scaling (over devices: counts in compiled programs);
+big (a transformer of 100 million parameters). Each has a process of its own.
 Rows go to benchmarks/results/costs.json as they are measured, under the device's name,
 and one that is there is not measured again unless --fresh; costs.md has them as tables.
---quick is a rehearsal that writes nothing. Set OPENBLAS_NUM_THREADS=1 for kfac: threads
-that wait for a busy core make an eigendecomposition a hundred times slower.
+--quick is a rehearsal that writes nothing. --compare measures everything again, writes
+nothing, lists what has become worse than in costs.json, and fails if anything has. Set
+OPENBLAS_NUM_THREADS=1 for kfac: threads that wait for a busy core make an
+eigendecomposition a hundred times slower.
 """
 
 import argparse
@@ -18,7 +21,11 @@ import itertools
 import json
 import os
 import pathlib
+import resource
 import statistics
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +36,13 @@ from scipy.stats import wasserstein_distance
 
 import rmtdamp
 import rmtdamp.flax
-from benchmarks.shared.report import cost_table
+from benchmarks.shared.models import Transformer
+from benchmarks.shared.report import cost_table, markdown
 from rmtdamp.demo._data import load_digits
 from rmtdamp.demo._train import cross_entropy
 from rmtdamp.flatness import trace_penalty
 from rmtdamp.hessian import (
+    dataset_matvec,
     eigsh,
     ggn_matvec,
     hessian_matvec,
@@ -45,6 +54,7 @@ from rmtdamp.hessian import (
 from rmtdamp.losses import chunked_softmax_cross_entropy
 
 from . import timing
+from .regressions import worse
 from .scaling import LAYOUTS, PROGRAMS, scaling_row
 from .timing import compare, compiled, interleaved, on_cpu, problem, rotate
 
@@ -326,6 +336,78 @@ def precision_row(effort, dtype, activations, mode):
     }
 
 
+def first_call_row(effort, what, kind, batch_size):
+    """CPU seconds of a first call, compiling included, over those of a plain one."""
+    loss_fn, params, batch = problem(kind, batch_size)
+    learner, key = rmtdamp.DampingLearner(loss_fn), jax.random.key(0)
+    adam, auto = optax.adam(1e-3), rmtdamp.auto_adam(1e-3, learner)
+    matvec = hessian_matvec(loss_fn, params, batch)
+    first_step = lambda tx: lambda: Steps(tx, loss_fn, params, batch)(1)
+    gradient = lambda: jax.jit(jax.grad(loss_fn))(params, batch)
+    plain, ours = {
+        "refresh by hand": (
+            gradient,
+            lambda: rmtdamp.refresh(auto.init(params), learner, params, batch),
+        ),
+        "auto_adam": (first_step(adam), first_step(auto)),
+        "eigsh": (
+            lambda: jax.jit(lambda v: matvec(v))(params),
+            lambda: eigsh(matvec, params, key, k=3),
+        ),
+    }[what]
+
+    def seconds(call):
+        jax.clear_caches()
+        start = time.process_time()
+        jax.block_until_ready(call())
+        return time.process_time() - start
+
+    rounds = [(seconds(plain), seconds(ours)) for _ in range(effort.rounds)]
+    one, other = zip(*rounds, strict=True)
+    return compare(one, other) | {
+        "baseline_seconds": statistics.median(one),
+        "seconds": statistics.median(other),
+    }
+
+
+def big_row(effort, layers, width, heads, tokens, batch_size):
+    """Moments and a density of a transformer, with the time that is left on show."""
+    model = Transformer(tokens, 64, width, layers, heads, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model, nnx.Param)
+    params = nnx.as_pure(params)
+    del model
+    keys = jax.random.split(jax.random.key(0), 3)
+    text = jax.random.randint(keys[0], (batch_size, 65), 0, tokens)
+    batch = text[:, :-1], text[:, 1:]
+    batches = [tuple(x[i : i + 2] for x in batch) for i in range(0, batch_size, 2)]
+    loss_fn = lambda p, b: cross_entropy(nnx.merge(graphdef, p)(b[0]), b[1])
+    row = {"parameters": sum(x.size for x in jax.tree.leaves(params))}
+    gradient = jax.jit(jax.grad(loss_fn))
+    steps = 20 if effort.steps > 20 else 2
+    with timing.bar() as progress:
+        task = progress.add_task("products of the density", total=steps)
+
+        def watched(batches):
+            yield from batches
+            progress.advance(task)
+
+        matvec = dataset_matvec(loss_fn, params, batches, wrap=watched)
+        options = {"num_microbatches": batch_size // 2, "stderr": False}
+        calls = {
+            "gradient": lambda: gradient(params, batches[0]),
+            "gradient, warm": lambda: gradient(params, batches[0]),
+            "moments": lambda: moments(loss_fn, params, batch, keys[1], **options),
+            "density": lambda: spectral_density(
+                matvec, params, keys[2], num_steps=steps, num_probes=1
+            ),
+        }
+        for name, call in calls.items():
+            taken = timing.seconds(lambda call=call: jax.block_until_ready(call()))
+            row[f"{name}, seconds"] = taken
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return row | {"peak GiB of memory": peak}
+
+
 def matfree_density(matvec, steps, probes, *args):
     """matfree's Lanczos in one program per density: key -> (nodes, weights)."""
     from matfree import decomp, stochtrace
@@ -393,6 +475,8 @@ TYPES = (
 )
 MODES = ("forward-over-reverse", "finite-difference")
 PRECISIONS = [(*types, mode) for mode in MODES for types in TYPES]
+CALLS = ("refresh by hand", "auto_adam", "eigsh")
+FIRST = list(itertools.product(CALLS, ("mlp", "transformer"), (64,)))
 SECTIONS = {
     "steps": (step_row, [*STEPS, ("auto_damping by hand", "cnn", 128)]),
     "refreshes": (refresh_row, [*REFRESHED, ("eager", "cnn", 128)]),
@@ -402,7 +486,10 @@ SECTIONS = {
     "penalties": (penalty_row, [("mlp", 256), ("cnn", 64)]),
     "vocabulary": (vocabulary_row, VOCABULARIES),
     "precision": (precision_row, PRECISIONS),
+    "first calls": (first_call_row, FIRST),
     "scaling": (scaling_row, list(itertools.product(PROGRAMS, LAYOUTS, DEVICES))),
+    # Layers, width, heads, tokens, examples.
+    "big": (big_row, [(12, 768, 12, 10_000, 8)]),
 }
 
 
@@ -410,16 +497,30 @@ def main():
     """Measure what is missing, and print the tables."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("sections", nargs="+", choices=SECTIONS, metavar="SECTION")
+    parser.add_argument("sections", nargs="*", metavar="SECTION")
     parser.add_argument("--quick", action="store_true", help="a rehearsal")
     parser.add_argument("--fresh", action="store_true", help="measure rows again")
+    parser.add_argument("--compare", action="store_true", help="with what is kept")
     args = parser.parse_args()
+    if unknown := set(args.sections) - set(SECTIONS):
+        parser.error(f"no section {', '.join(unknown)}: take {', '.join(SECTIONS)}")
+    if len(args.sections) != 1:
+        command = [sys.executable, "-m", "benchmarks.costs"]
+        options = [option for option in sys.argv[1:] if option.startswith("-")]
+        failed = [
+            section
+            for section in args.sections or SECTIONS
+            if subprocess.run([*command, section, *options], check=False).returncode
+        ]
+        sys.exit(f"failed, or worse than before: {', '.join(failed)}" if failed else 0)
     jax.config.update("jax_default_matmul_precision", "highest")
     if "scaling" in args.sections:
         jax.config.update("jax_num_cpu_devices", max(DEVICES))
     effort = QUICK if args.quick else timing.Effort()
     path, cores = RESULTS / "costs.json", len(os.sched_getaffinity(0))
-    found = json.loads(path.read_text()) if path.exists() and not args.quick else {}
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    keeps = not (args.quick or args.compare)
+    found = kept if keeps else {}
     device = f"{cores} CPU cores" if on_cpu() else jax.devices()[0].device_kind
     for section in args.sections:
         measure, cases = SECTIONS[section]
@@ -428,16 +529,21 @@ def main():
             name = ", ".join(map(str, case))
             if name not in done or args.fresh:
                 done[name] = {"jax": jax.__version__, **measure(effort, *case)}
-                if not args.quick:
+                if keeps:
                     path.write_text(json.dumps(found, indent=1) + "\n")
     text = "\n".join(
         f"**{section}, {device}**\n\n{cost_table(of)}\n"
         for device, sections in found.items()
         for section, of in sections.items()
     )
-    if not args.quick:
+    if keeps:
         (RESULTS / "costs.md").write_text(text)
     print(f"\n{text}")
+    if args.compare:
+        changes = worse(kept.get(device, {}), found[device])
+        table = markdown(changes) if changes else "nothing"
+        print(f"**Worse than in {path.name}**\n\n{table}")
+        sys.exit(bool(changes))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from ._hooks import (
     taped_convolution,
     taped_dot_general,
 )
-from ._training import state_of
+from ._training import evaluated, state_of
 
 
 def _name(path: tuple) -> str:
@@ -129,6 +129,7 @@ def nnx_factors(
     Raises:
         ValueError: `layers`, `embeddings` or `full` matches nothing; when measured, an
             embedding that does not see the examples, or is the output layer too.
+        TypeError: `model` is no nnx module.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -169,8 +170,7 @@ def nnx_factors(
         >>> int(optax.tree.get(optimizer.opt_state, "kfac_measurements")[...])
         1
     """
-    copy = nnx.merge(*nnx.split(model), copy=True)
-    copy.eval()
+    copy = evaluated(model, "nnx_factors")
     graphdef, params, rest = nnx.split(copy, wrt, ...)
     leaves = {
         name: tuple(leaf.shape)

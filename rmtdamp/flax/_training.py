@@ -46,6 +46,18 @@ def state_of(rest: nnx.State, given: tuple, who: str) -> Any:
     )
 
 
+def evaluated(model: nnx.Module, who: str) -> nnx.Module:
+    """A copy of the model, in evaluation mode."""
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"{who} got a {type(model).__name__} for its model: hand over the nnx "
+            "module first, then the loss"
+        )
+    copy = nnx.merge(*nnx.split(model), copy=True)
+    copy.eval()
+    return copy
+
+
 def curvature_loss(
     model: nnx.Module,
     model_loss: Callable[[Any, Batch], jax.Array],
@@ -66,6 +78,9 @@ def curvature_loss(
         model with the given params, those of `wrt`, and other state; without `state`
         for a model that has no other. Make it once. It raises a ValueError for params
         and state that together are not the model.
+
+    Raises:
+        TypeError: `model` is no nnx module.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -93,8 +108,7 @@ def curvature_loss(
         >>> int(optax.tree.get(optimizer.opt_state, "refresh_attempts")[...])
         1
     """
-    copy = nnx.merge(*nnx.split(model), copy=True)
-    copy.eval()
+    copy = evaluated(model, "curvature_loss")
     graphdef, trained, rest = nnx.split(copy, wrt, ...)
     count = lambda *trees: len(jax.tree.leaves(trees))
     total = count(trained, rest)

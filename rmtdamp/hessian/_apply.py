@@ -230,9 +230,9 @@ def restrict(
     Args:
         matvec: v -> A v for vectors like `params`.
         params: the whole params, a pytree.
-        select: which leaves: a regular expression that is searched for in a leaf's
-            path (`jax.tree_util.keystr`, such as "['dense']['kernel']"), or a function
-            of it.
+        select: which leaves: a part of a leaf's path (`jax.tree_util.keystr`, such as
+            "['dense']['kernel']"), or if no path has it, a regular expression that is
+            searched for in them; or a function of the path.
 
     Returns:
         The block's matvec and the part of `params` that it acts on: the same tree with
@@ -251,13 +251,18 @@ def restrict(
         >>> print(f"{found.eigenvalues[0]:.2f}")
         7.00
     """
-    chosen = select if callable(select) else lambda path: bool(re.search(select, path))
     keystr = jax.tree_util.keystr
+    paths = [keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    if callable(select):
+        chosen = select
+    elif any(select in path for path in paths):
+        chosen = lambda path: select in path
+    else:
+        chosen = lambda path: bool(re.search(select, path))
     part = jax.tree_util.tree_map_with_path(
         lambda path, x: x if chosen(keystr(path)) else None, params
     )
     if not jax.tree.leaves(part):
-        paths = [keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
         raise ValueError(
             f"no path of params matches {select!r}: choose from {', '.join(paths[:8])}"
         )

@@ -237,6 +237,8 @@ class ModelFactors:
         if self.fisher == "ggn":
             return _hessian_roots(self.criterion, outputs, targets, count)
         if self.fisher == "sampled":
+            if self.sample_fn is None:
+                _check_logits(outputs)
             sampled = (self.sample_fn or jax.random.categorical)(key, outputs)
             _check_sampled(sampled, targets)
             if self.sample_fn is None:
@@ -435,6 +437,18 @@ def _hessian_roots(criterion, outputs, targets, count):
     roots = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
     roots = jnp.moveaxis(roots, 2, 0).astype(outputs.dtype)
     return jnp.reshape(roots, (-1, *outputs.shape))
+
+
+def _check_logits(outputs) -> None:
+    """Refuse outputs of one column, among which there is nothing to draw."""
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(outputs)]
+    if any(shape[-1] == 1 for shape in shapes):
+        raise ValueError(
+            f"model_fn's outputs have shapes {shapes}, and among logits of length 1 "
+            "there is one label to draw: for a single logit hand over a sample_fn such "
+            "as lambda key, z: jax.random.bernoulli(key, jax.nn.sigmoid(z[:, 0])), of "
+            "the targets' shape and dtype, or take fisher='ggn'"
+        )
 
 
 def _num_terms(criterion, outputs, targets, gradient) -> jax.Array | float:

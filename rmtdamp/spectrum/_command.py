@@ -96,13 +96,12 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--layers",
         nargs="*",
-        metavar="REGEX",
+        metavar="PATH",
         default=unset,
-        help="also the density of diagonal blocks: of the parameters whose path each "
-        "expression is found in, or of every layer if there is none; each costs as "
-        "much as the whole density (default: no blocks). A path is written "
-        r"['att']['key'], and in a regular expression brackets are escaped: "
-        r"\['att'\]",
+        help="also the density of diagonal blocks: of the parameters whose path has "
+        "each of these in it, a part of a path such as ['att']['key'] or a regular "
+        "expression, or of every layer if there is none; each costs as much as the "
+        "whole density (default: no blocks)",
     )
     add(
         "--mode",

@@ -142,7 +142,7 @@ def layer_spectra(
     num_steps: int = 80,
     num_probes: int = 4,
 ) -> dict[str, SpectralDensity]:
-    r"""The spectra of a Hessian's diagonal blocks, layer by layer. Eager.
+    """The spectra of a Hessian's diagonal blocks, layer by layer. Eager.
 
     Cost: num_probes * num_steps products with the whole matrix for each block.
 
@@ -150,10 +150,9 @@ def layer_spectra(
         matvec: v -> H v for vectors like `params`.
         params: the whole params, a pytree.
         key: a key of `jax.random`.
-        select: a regular expression per block, searched for in the paths of the leaves
-            as in `rmtdamp.hessian.restrict`; the brackets of a path are escaped,
-            r"\['att'\]". Default: a block per layer, that is, of the leaves whose
-            paths agree in all but the last key.
+        select: for each block a part of its leaves' paths, or a regular expression that
+            is searched for in them, as in `rmtdamp.hessian.restrict`. Default: a block
+            per layer, that is, of the leaves whose paths agree in all but the last key.
         num_steps: points per probe; cut to the number of parameters of a block.
         num_probes: independent probes.
 

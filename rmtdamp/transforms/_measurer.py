@@ -152,7 +152,10 @@ def check_whole(params: Params, name: str) -> None:
         raise ValueError(
             f"{name} got params with holes, as inside optax.masked or optax.partition, "
             "where the loss cannot be evaluated: put the mask inside, "
-            f"{name}(optax.masked(inner, mask), ...)"
+            "auto_damping(optax.masked(inner, mask), ...); KFAC and Lanczos-Newton, "
+            "which have nothing inside, take the part that they train for their params "
+            "and the rest through loss_args (wrt= in rmtdamp.flax), with an optimiser "
+            "of its own for the rest"
         )
 
 
