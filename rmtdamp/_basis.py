@@ -89,8 +89,10 @@ def unpack(
     return placed(jax.tree.unflatten(treedef, found), like)
 
 
-def draw(key: Key, like: Params, sampler) -> list[jax.Array]:
+def draw(key: Key, like: Params, sampler, number=None) -> list[jax.Array]:
     """A packed vector of independent draws of `sampler(key, shape, dtype)`.
+
+    With a `number` the key is folded with it, in the same program.
 
     The numbers are those of one device, on whatever mesh `like` lies; each device makes
     the part of a large leaf that it holds.
@@ -98,11 +100,12 @@ def draw(key: Key, like: Params, sampler) -> list[jax.Array]:
     Returns:
         Arrays in the accumulation dtype of `like`.
     """
-    return _draw(key, like, sampler, placement(like))
+    return _draw(key, number, like, sampler, placement(like))
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "where"))
-def _draw(key, like, sampler, where):
+def _draw(key, number, like, sampler, where):
+    key = key if number is None else jax.random.fold_in(key, number)
     parts = jax.eval_shape(functools.partial(pack, anywhere=True), like, like)
     parts = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in parts]
     if len(parts) == 1:  # A key less to derive is half a draw less to compile.

@@ -1,5 +1,7 @@
 """auto_damping, its by-hand twin, set_damping: what they hold, hand on and refuse."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -551,6 +553,19 @@ def test_auto_adam_is_the_chain_it_stands_for():
         optax.scale_by_learning_rate(1e-2),
     )
     chex.assert_trees_all_equal(take_steps(one, 3)[0], take_steps(chain, 3)[0])
+
+
+@pytest.mark.parametrize("rule", [StabilityFloor.for_adam(), identity_target], ids=str)
+def test_by_hand_nothing_is_compiled_one_operation_at_a_time(rule):
+    """Which takes longer than it looks: every program has a name of ours."""
+    learner = DampingLearner(mlp_loss, floor=1e-8, rule=rule)
+    state = auto_adam(1e-2, learner, refresh_every=None).init(PARAMS)
+    jax.clear_caches()
+    with log_compilations() as logs:
+        refresh(state, learner, PARAMS, BATCH)
+    names = [re.search(r"jit\((\w+)\)", log.getMessage())[1] for log in logs]
+    assert 3 <= len(names) <= 9
+    assert all(name.startswith("_") for name in names), names
 
 
 def test_with_damping_inside_a_mask_inside_the_owner():

@@ -339,7 +339,8 @@ def precision_row(effort, dtype, activations, mode):
 def first_call_row(effort, what, kind, batch_size):
     """CPU seconds of a first call, compiling included, over those of a plain one."""
     loss_fn, params, batch = problem(kind, batch_size)
-    learner, key = rmtdamp.DampingLearner(loss_fn), jax.random.key(0)
+    rule, key = rmtdamp.StabilityFloor.for_adam(), jax.random.key(0)
+    learner = rmtdamp.DampingLearner(loss_fn, rule=rule, floor=1e-8)  # auto_adam's own
     adam, auto = optax.adam(1e-3), rmtdamp.auto_adam(1e-3, learner)
     matvec = hessian_matvec(loss_fn, params, batch)
     first_step = lambda tx: lambda: Steps(tx, loss_fn, params, batch)(1)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rmtdamp._parts import WHOLE, Parts
 from rmtdamp._types import Params
@@ -89,7 +90,17 @@ class LearnedDamping(NamedTuple):
     def problems(self) -> list[str]:
         """What a user should know of a run, in words; eager."""
         found = []
-        if (self.loss_mismatches > 0).any():
+        # In numpy: jax would compile each comparison.
+        mismatches, tried, rejections, caps = map(
+            np.asarray,
+            (
+                self.loss_mismatches,
+                self.refresh_attempts,
+                self.refresh_rejections,
+                self.refresh_caps,
+            ),
+        )
+        if (mismatches > 0).any():
             found.append(
                 "the loss of a batch is not the mean of its microbatches' losses, so "
                 "the measured variance is not that of a batch: a sum in place of a "
@@ -97,8 +108,6 @@ class LearnedDamping(NamedTuple):
                 "batch) tells"
             )
         # Under `vmap` a counter has an entry for each run, before those of labels.
-        rejections = self.refresh_rejections
-        tried = self.refresh_attempts
         tried = tried.reshape(tried.shape + (1,) * (rejections.ndim - tried.ndim))
         if ((tried != 1) & (rejections > 0) & (rejections >= tried)).any():
             found.append(
@@ -108,7 +117,7 @@ class LearnedDamping(NamedTuple):
                 "rule finds no valid damping, as one that reads what it does not name "
                 "among its `needs`"
             )
-        if (self.refresh_caps > 0).any():
+        if (caps > 0).any():
             found.append(
                 "the learned damping meets the bound of its learner, min_shrinkage: "
                 "the noise outweighs the target a hundredfold at the default; under "

@@ -65,7 +65,7 @@ def frobenius_norm(
 
 
 def _probe(key, i, like):
-    return draw(jax.random.fold_in(key, i), like, rademacher)
+    return draw(key, like, rademacher, i)
 
 
 @jax.jit

@@ -158,7 +158,7 @@ def _microbatch(parts: Batch, i) -> Batch:
 def _probe(key: Key, number, params: Params) -> list[jax.Array]:
     # +-1 is exact in every dtype, so the unit norm is restored by dividing quadratic
     # forms by P. Signs have the least variance of probes with independent entries.
-    return draw(jax.random.fold_in(key, number), params, rademacher)
+    return draw(key, params, rademacher, number)
 
 
 def _evaluate(loss_fn, params, part, probe, loss_args, mode):
@@ -270,12 +270,12 @@ def _from_python(
     """One compiled call a microbatch: that of one is all that is compiled."""
     n, said = num_microbatches, []
     for number in range(num_probes):
-        probe = _probe(key, jnp.int32(number), params)
+        probe = _probe(key, np.int32(number), params)
         sums = _start(params, labelled, placement(params))
         products = []
         for i in range(n):
             sums, product = _take(
-                loss_fn, params, batch, probe, loss_args, sums, jnp.int32(i),
+                loss_fn, params, batch, probe, loss_args, sums, np.int32(i),
                 num_microbatches=n, stderr=stderr, labelled=labelled, **options,
             )  # fmt: skip
             products.append(product)

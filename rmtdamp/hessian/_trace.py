@@ -64,7 +64,7 @@ def _random(key, i, like, sampler) -> list:
     """Random vector i, packed: folding in lets it be drawn again rather than kept."""
     # Drawn in float32 at least, for eight random bits do not make a normal number, and
     # rounded as the product will round it.
-    return _rounded(draw(jax.random.fold_in(key, i), like, sampler), like)
+    return _rounded(draw(key, like, sampler, i), like)
 
 
 _row, _store = jax.jit(row), jax.jit(store, donate_argnums=0)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rmtdamp._checks import check_every, check_range
 from rmtdamp._jax import is_traced
@@ -65,8 +66,9 @@ class KroneckerState(NamedTuple):
 
     def problems(self) -> list[str]:
         """What a user should know of a run, in words; eager."""
-        tried = self.kfac_measurements
-        if ((tried > 1) & (self.kfac_rejections == tried)).any():
+        counters = self.kfac_measurements, self.kfac_rejections
+        tried, rejected = map(np.asarray, counters)
+        if ((tried > 1) & (rejected == tried)).any():
             return [
                 "no measurement of the Kronecker factors was finite "
                 '(optax.tree.get(opt_state, "kfac_rejections")), so the curvature is '

@@ -196,7 +196,7 @@ class DampingLearner:
             value, vector, cosine = _powered(
                 self, measured, measured.eigenvector, context
             )
-            failures = measured.power_failures + (~(cosine > SETTLED)).astype(jnp.int32)
+            failures = _failures(measured.power_failures, cosine)
             measured = measured._replace(eigenvector=vector, power_failures=failures)
         if "effective_eigenvalue" in needed:
             scale, vector, cosine = _powered(
@@ -256,6 +256,11 @@ class DampingLearner:
         )
 
 
+@jax.jit
+def _failures(counted, cosine):
+    return counted + (~(cosine > SETTLED)).astype(counted.dtype)
+
+
 # Products before the first eigenvalue; later ones start where the last has ended.
 _FIRST_PRODUCTS = 8
 
@@ -295,14 +300,13 @@ def _power_step(learner, context, vector):
 def _powered(learner, measured, vector, context):
     """Of the last product: ||H v||, H v / ||H v||, its cosine with v."""
     take = lambda _, carry: _power_step(learner, context, carry[1])
-    count = jnp.where(measured.refresh_attempts == 0, _FIRST_PRODUCTS, 1)
-    zero = jnp.zeros_like(measured.max_eigenvalue)
-    carry = zero, vector, zero
     if is_traced(measured, context):
-        carry = jax.lax.fori_loop(0, count, take, carry)
-    else:
-        for i in range(int(count)):
-            carry = take(i, carry)
+        count = jnp.where(measured.refresh_attempts == 0, _FIRST_PRODUCTS, 1)
+        zero = jnp.zeros_like(measured.max_eigenvalue)
+        return jax.lax.fori_loop(0, count, take, (zero, vector, zero))
+    carry = None, vector, None
+    for i in range(1 if int(measured.refresh_attempts) else _FIRST_PRODUCTS):
+        carry = take(i, carry)
     return carry
 
 
@@ -368,29 +372,29 @@ def _with_mismatch(learned, learner, context, count: int, mean_loss) -> LearnedD
     Returns:
         The state with the count.
     """
-    look = lambda: _is_no_mean(learner, context, count, mean_loss)
-    first = learned.refresh_attempts == 1
+    counted = learned.loss_mismatches
+    look = lambda: _mismatches(counted, learner, context, count, mean_loss)
     if count < 2:
         return learned
     if is_traced(learned, context):
-        mismatch = jax.lax.cond(first, look, lambda: jnp.zeros((), bool))
-    elif not first:
+        first = learned.refresh_attempts == 1
+        mismatches = jax.lax.cond(first, look, lambda: counted)
+    elif int(learned.refresh_attempts) != 1:
         return learned
     else:
-        mismatch = look()
-    mismatches = learned.loss_mismatches + mismatch.astype(jnp.int32)
+        mismatches = look()
     return learned._replace(loss_mismatches=mismatches)
 
 
 @functools.partial(jax.jit, static_argnames="count")
-def _is_no_mean(learner, context, count: int, mean_loss) -> jax.Array:
-    """Whether a batch's loss differs from the mean of its parts' losses.
+def _mismatches(counted, learner, context, count: int, mean_loss) -> jax.Array:
+    """One more if a batch's loss differs from the mean of its parts' losses.
 
     It does for a sum, for batch statistics and for dropout; a loss that is not finite
     says nothing. With no `mean_loss` the parts are two halves.
 
     Returns:
-        A bool.
+        The count.
     """
     batch = jax.tree.map(lambda x: x[:count], context.batch)
     loss_of = lambda part: learner.loss_fn(context.params, part, *context.loss_args)
@@ -404,7 +408,8 @@ def _is_no_mean(learner, context, count: int, mean_loss) -> jax.Array:
     dtype = accumulation_dtype(context.params)
     loss, mean_loss = loss.astype(dtype), mean_loss.astype(dtype)
     scale = jnp.maximum(jnp.abs(loss), jnp.abs(mean_loss))
-    return jnp.isfinite(scale) & (jnp.abs(loss - mean_loss) > allowed * scale)
+    differ = jnp.isfinite(scale) & (jnp.abs(loss - mean_loss) > allowed * scale)
+    return counted + differ.astype(counted.dtype)
 
 
 _compiled_learn = jax.jit(_learn)

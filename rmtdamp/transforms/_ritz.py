@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rmtdamp._basis import zeros
 from rmtdamp._checks import check_choice
@@ -49,8 +50,9 @@ class RitzSubspace(NamedTuple):
 
     def problems(self) -> list[str]:
         """What a user should know of a run, in words; eager."""
-        tried = self.subspace_refreshes
-        if ((tried > 1) & (self.subspace_rejections == tried)).any():
+        counters = self.subspace_refreshes, self.subspace_rejections
+        tried, rejected = map(np.asarray, counters)
+        if ((tried > 1) & (rejected == tried)).any():
             return [
                 "no measurement of the Ritz subspace was finite "
                 '(optax.tree.get(opt_state, "subspace_rejections")), so the step is '
