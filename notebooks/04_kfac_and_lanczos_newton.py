@@ -103,7 +103,7 @@ fig.tight_layout()
 #
 # Both optimisers at four flat dampings and under the stability floor. The momentum of
 # Lanczos-Newton is off, as in eq. 9; the rule must be told. The floor's safety factor
-# of 8 was chosen for KFAC; Lanczos-Newton takes 2 (`StabilityFloor.for_lanczos`), and
+# of 8 was chosen for KFAC; Lanczos-Newton takes 1 (`StabilityFloor.for_lanczos`), and
 # is shown with 8, too.
 
 # %%

@@ -103,6 +103,15 @@ def test_restrict_is_the_diagonal_block(over_data):
     )
 
 
+def test_one_batch_in_place_of_a_list_of_them_is_refused():
+    inputs, labels = WHOLE
+    with pytest.raises(ValueError, match=r"looks like one batch: hand over a list"):
+        dataset_matvec(mlp_loss, PARAMS, (inputs, labels))
+    loss = lambda params, batch: jnp.mean((batch @ params) ** 2)
+    two = jnp.ones((3, 2)), jnp.zeros((1, 2))  # batches without targets
+    assert dataset_matvec(loss, jnp.ones(2), two)(jnp.ones(2)).shape == (2,)
+
+
 def test_restrict_takes_a_path_as_it_is_printed():
     """Its brackets are no regular expression, under which every leaf would match."""
     _, part = restrict(lambda v: v, PARAMS, "[1]['kernel']")

@@ -322,6 +322,8 @@ def test_check_symmetric():
     matrix = jax.random.normal(jax.random.key(1), (P, P), jnp.float64)
     with pytest.raises(ValueError, match=r"not symmetric: x\^T A y = .* needs a symm"):
         check_symmetric(lambda v: matrix @ v, normal(0), jax.random.key(2))
+    with pytest.raises(ValueError, match=r"the matvec is not finite: x\^T A y = nan"):
+        check_symmetric(lambda v: jnp.nan * v, normal(0), jax.random.key(2))
 
 
 @pytest.mark.parametrize(

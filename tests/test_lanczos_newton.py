@@ -14,6 +14,7 @@ from problems import log_compilations, quadratic_loss, symmetric
 from rmtdamp import (
     DampingLearner,
     RitzMeasurer,
+    StabilityFloor,
     auto_damping,
     check_state,
     lanczos_newton,
@@ -95,6 +96,34 @@ def test_on_a_quadratic_it_is_the_damped_absolute_newton_step(start, damping):
         expected = absolute_inverse(BATCH[0], damping, flat(grads))
         np.testing.assert_allclose(flat(updates), expected, rtol=1e-8)
     np.testing.assert_allclose(get(state, "ritz_values"), SPECTRUM, rtol=1e-8)
+
+
+def test_a_floor_follows_the_ritz_values_of_the_step_before():
+    """Curvature that grows a hundredfold between two measurements of the rule."""
+    loss_fn = lambda params, batch, scale: scale * quadratic_loss(params, batch)
+    rate = 1e-3
+    rule = StabilityFloor.for_lanczos(momentum=0.0)
+    learner = DampingLearner(loss_fn, rule=rule, floor=0.0)
+    measurer = RitzMeasurer(loss_fn, num_steps=P)
+    tx = auto_damping(
+        lanczos_newton(rate, measurer, momentum=None),
+        learner,
+        learning_rate=rate,
+        refresh_every=None,
+    )
+    scaled = lambda scale: {"batch": BATCH, "loss_args": (jnp.asarray(scale),)}
+    state = refresh(tx.init(PARAMS), learner, PARAMS, **scaled(1.0))
+    held = float(get(state, "max_eigenvalue"))
+    top = np.abs(SPECTRUM).max()
+    dampings = []
+    for scale in (1.0, 1.0, 100.0, 100.0, 1.0, 1.0):
+        _, state = tx.update(GRADS, state, PARAMS, **scaled(scale))
+        dampings.append(float(get(state, "damping")))
+    # c alpha / (2 f) = alpha / 2; at first there is the power iteration alone.
+    expected = [held, top, top, 100 * top, 100 * top, top]
+    np.testing.assert_allclose(dampings, rate / 2 * np.array(expected), rtol=1e-6)
+    assert held <= top
+    assert float(get(state, "max_eigenvalue")) == held
 
 
 @pytest.mark.slow

@@ -230,7 +230,11 @@ def test_sharded_batch_gives_the_same_numbers():
             ValueError,
             r"=3 does not divide the 8 .* one of \[2, 4, 8\], or 6 of",
         ),
-        ({"num_microbatches": 16}, ValueError, "=16 does not divide .* at most 8"),
+        (
+            {"num_microbatches": 16},
+            ValueError,
+            "=16 does not divide .* one of .2, 4, 8., or more",
+        ),
         ({"num_probes": 0}, ValueError, "num_probes is 0, and at least 1"),
         ({"batch_size": 0}, ValueError, "batch_size is 0, and at least 1"),
         ({"execution": "pmap"}, ValueError, "'pmap': choose from scan, unroll, vmap"),

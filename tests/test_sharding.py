@@ -288,7 +288,8 @@ def test_data_parallel_a_product_is_one_all_reduce(name):
     function, products = COUNTED[name]
     found = in_elements(function, "data-parallel")
     assert set(found) == {"all-reduce"}
-    assert len(found["all-reduce"]) == products
+    # The first measurement's look at the loss adds three numbers.
+    assert len([call for call in found["all-reduce"] if sum(call) > 3]) == products
     # Of a kernel after the first the product has two terms, which XLA on a CPU reduces
     # one by one; and there are scalars.
     assert products * P <= total(found["all-reduce"]) < products * 2 * P
@@ -324,5 +325,7 @@ def test_split_params_are_gathered_and_neither_basis_nor_state(name):
     assert set(found) == {"all-reduce", "all-gather"}
     # Leaf by leaf: the params, and the vector and what of them a product is made of.
     assert all(len(call) == 1 and call[0] <= LARGEST for call in found["all-gather"])
-    assert total(found["all-gather"]) < 3 * P
+    # Once more for the first measurement's look at the loss.
+    most = 4 if name == "auto_adam" else 3
+    assert total(found["all-gather"]) < most * P
     assert total(found["all-reduce"]) < products * 2 * P

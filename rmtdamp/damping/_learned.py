@@ -103,9 +103,9 @@ class LearnedDamping(NamedTuple):
         if (mismatches > 0).any():
             found.append(
                 "the loss of a batch is not the mean of its microbatches' losses, so "
-                "the measured variance is not that of a batch: a sum in place of a "
-                "mean, dropout, batch statistics? rmtdamp.check_loss(loss_fn, params, "
-                "batch) tells"
+                "what is measured has not the scale of a mean, nor its noise: a sum in "
+                "place of a mean, dropout, batch statistics? "
+                "rmtdamp.check_loss(loss_fn, params, batch) tells"
             )
         # Under `vmap` a counter has an entry for each run, before those of labels.
         tried = tried.reshape(tried.shape + (1,) * (rejections.ndim - tried.ndim))
@@ -358,7 +358,8 @@ def _decided(learned, known: Evidence, usable, *, rule, floor, min_shrinkage):
             mean=learned.average_mean,
             square=learned.average_dispersion + learned.average_mean**2,
             variance=learned.average_variance,
-            max_eigenvalue=learned.max_eigenvalue,
+            # What a preconditioner sees may be newer, and sharper.
+            max_eigenvalue=jnp.fmax(learned.max_eigenvalue, known.max_eigenvalue),
             effective_eigenvalue=learned.effective_eigenvalue,
         )
     )

@@ -259,8 +259,10 @@ class StabilityFloor:
     Args:
         safety: c; 8 was chosen for KFAC, with lambda_max(H), and `for_adam` takes 4,
             preconditioned: more costs where Adam trains best near its own threshold
-            (a transformer), less reaches fewer learning rates. `for_lanczos` takes 2:
-            what is sharpest is among the Ritz vectors, where a step is short anyway.
+            (a transformer), less reaches fewer learning rates. `for_lanczos` takes 1:
+            the largest |Ritz value| of the step before takes the place of a lambda_max
+            below it (`auto_damping`), and what is sharpest is among the Ritz vectors,
+            where a step is short anyway.
         momentum: rho or b1 of the optimiser, in [0, 1).
         averaged: whether momentum averages, as Adam's does, or sums.
         preconditioned: whether lambda is that of the preconditioned Hessian, or of H.
@@ -295,8 +297,8 @@ class StabilityFloor:
 
     @classmethod
     def for_lanczos(cls, momentum: float = 0.9) -> "StabilityFloor":
-        """For `lanczos_newton` with this momentum: twice what the Hessian needs."""
-        return cls(2.0, momentum=momentum)
+        """For `lanczos_newton` with this momentum: just what the Hessian needs."""
+        return cls(1.0, momentum=momentum)
 
     @property
     def _eigenvalue(self) -> str:

@@ -146,6 +146,18 @@ def _pass_over(batches, product, wrap, vector):
     return _share(total, np.float64(seen), vector)
 
 
+def _refuse_one_batch(batches) -> None:
+    """A pair (inputs, targets) would be read as two batches."""
+    if isinstance(batches, tuple) and all(hasattr(x, "shape") for x in batches):
+        kinds = {(len(x.shape), str(x.dtype)) for x in batches}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"batches is a tuple of arrays of shapes {[x.shape for x in batches]}, "
+                "which looks like one batch: hand over a list of batches, "
+                "[(inputs, targets)] for a single one"
+            )
+
+
 @jax.jit
 def _add(total, product, count, vector):
     term = [count.astype(y.dtype) * y for y in pack(product, vector)]
@@ -198,8 +210,9 @@ def dataset_matvec(
 
     Raises:
         TypeError: params that are not real floats, or a loss that is not a scalar.
-        ValueError: (when called) no batch on a pass, an empty or unequal batch, a
-            vector of other shapes, or a call inside traced code.
+        ValueError: one batch in place of several; (when called) no batch on a pass, an
+            empty or unequal batch, a vector of other shapes, or a call inside traced
+            code.
 
     Example:
         >>> import jax.numpy as jnp
@@ -212,6 +225,7 @@ def dataset_matvec(
         [0.75 0.75]
     """
     check_params(params)
+    _refuse_one_batch(batches)
     options = {"loss_args": loss_args, "precision": precision}
 
     def product(batch, vector):

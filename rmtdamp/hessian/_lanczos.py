@@ -12,6 +12,7 @@ alpha and beta are zero: shapes stay, no step is wrong, and no host has to look.
 """
 
 import functools
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -380,7 +381,7 @@ def check_symmetric(
 
     Raises:
         TypeError: `like` holds anything but real floating arrays.
-        ValueError: the matrix is not symmetric.
+        ValueError: the matrix is not symmetric, or not finite.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -398,6 +399,11 @@ def check_symmetric(
     product_x, product_y = aligned(matvec(x), like), aligned(matvec(y), like)
     left, right = float(vdot(x, product_y)), float(vdot(y, product_x))
     bound = rtol * float(norm(x) * norm(product_y))
+    if not math.isfinite(left + right + bound):
+        raise ValueError(
+            f"the matvec is not finite: x^T A y = {left} and y^T A x = {right} for two "
+            "random vectors; look at the loss, the data and the params"
+        )
     if not abs(left - right) <= bound:
         raise ValueError(
             f"the matvec is not symmetric: x^T A y = {left:.6g} and y^T A x = "

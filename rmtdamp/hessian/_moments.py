@@ -434,7 +434,9 @@ def moments(
                 f"take one of {divisors[:8]}, or "
                 f"{count - count % num_microbatches} of the examples"
                 if count >= num_microbatches
-                else f"take at most {count}, or more examples"
+                else f"take one of {divisors}, or more examples"
+                if count > 1
+                else "one example has no variance, take more"
             )
         )
     if num_probes < 1:

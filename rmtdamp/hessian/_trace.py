@@ -305,7 +305,7 @@ def trace(
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from rmtdamp.hessian._trace import trace
+        >>> from rmtdamp.hessian import trace
         >>> u = jnp.arange(5.0)
         >>> matvec = lambda v: u * jnp.dot(u, v)
         >>> found = trace(matvec, u, jax.random.key(0), num_probes=4, method="xtrace")
@@ -359,7 +359,7 @@ def diagonal(
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from rmtdamp.hessian._trace import diagonal
+        >>> from rmtdamp.hessian import diagonal
         >>> scales = jnp.array([-4.0, 1.0, 3.0])
         >>> matvec = lambda v: scales * v
         >>> diagonal(matvec, scales, jax.random.key(0), num_probes=1).value

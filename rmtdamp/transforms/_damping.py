@@ -30,6 +30,7 @@ from rmtdamp.damping import (
 from ._learner import DampingLearner
 from ._measurer import Context, check_whole, refresh_in_step
 from ._optimiser import is_one
+from ._ritz import RitzSubspace
 
 
 class AutoDampingState(NamedTuple):
@@ -225,6 +226,14 @@ def _check_not_handed_in(extra_args) -> None:
         )
 
 
+def _seen_inside(inner_state) -> jax.Array | float:
+    """The largest eigenvalue that a Ritz subspace inside saw a step ago, or NaN."""
+    is_subspace = lambda node: isinstance(node, RitzSubspace)
+    nodes = jax.tree.leaves(inner_state, is_leaf=is_subspace)
+    seen = [node.max_eigenvalue for node in filter(is_subspace, nodes)]
+    return functools.reduce(jnp.fmax, seen, jnp.nan)
+
+
 def _known_in_step(needed, parts, count, updates, own, learning_rate) -> Evidence:
     """What a step shows to a rule."""
     known = Evidence()
@@ -273,7 +282,10 @@ def auto_damping(
     "power_failures"; `rmtdamp.check_state(opt_state)` says in words what is wrong.
 
     A rule that needs the learning rate or the gradient decides anew in each step, on
-    what was last measured; all others decide when something is measured.
+    what was last measured; all others decide when something is measured. Around
+    Lanczos-Newton, whose Ritz values of the step before are below lambda_max and new,
+    the largest |Ritz value| goes before a smaller "max_eigenvalue" held since the last
+    measurement (not with `labels`).
 
     When to measure by hand. `refresh_every=None` never measures in the step; call
     `rmtdamp.refresh` when it suits. Do so (a) for convolutional networks on a CPU,
@@ -379,6 +391,8 @@ def auto_damping(
             known = _known_in_step(
                 needed, parts, state.count, updates, own, learning_rate
             )
+            if "max_eigenvalue" in needed and learner.labels is None:
+                known = known._replace(max_eigenvalue=_seen_inside(state.inner_state))
             first = learned.last_refresh if needed & MEASURED else 0
             learned = learner.decide(learned, known, state.count == first)
         updates, inner_state = inner.update(

@@ -52,7 +52,8 @@ class DampingLearner:
             evaluation mode (no dropout, running averages) and without a loss scale; see
             `check_loss`.
         floor: delta*, the damping before the first measurement, added to what the rule
-            decides, in the unit of the damping. At 0 the damping may be 0, and a
+            decides, in the unit of the damping. The default, 1e-4, is small for KFAC
+            and a large eps for Adam, which takes 1e-8. At 0 the damping may be 0, and a
             parameter whose gradient always was 0 then moves by 0/0.
         decay: weight of the past in the averages, in [0, 1).
         rule: what is known -> `Shrinkage`, see `rmtdamp.damping`: `identity_target`
@@ -215,7 +216,7 @@ class DampingLearner:
         if num < 2:
             warnings.warn(
                 "a batch of one example has no variance, so no damping is learned from "
-                "it: give the learner a curvature_batch of more",
+                "it: hand a curvature_batch of more to update or refresh",
                 stacklevel=2,
             )
             return _refused(measured, context.step)

@@ -48,6 +48,11 @@ class RitzSubspace(NamedTuple):
         """Whether nothing has been measured."""
         return self.subspace_refreshes == 0
 
+    @property
+    def max_eigenvalue(self) -> jax.Array:
+        """The largest |Ritz value|, which is none above the batch Hessian's; or NaN."""
+        return jnp.where(self.waits, jnp.nan, jnp.max(jnp.abs(self.ritz_values)))
+
     def problems(self) -> list[str]:
         """What a user should know of a run, in words; eager."""
         counters = self.subspace_refreshes, self.subspace_rejections

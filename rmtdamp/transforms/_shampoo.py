@@ -51,27 +51,32 @@ class ScaleByShampooState(NamedTuple):
 
     count: Any  # (), int32, steps taken
     factor_rejections: jax.Array  # (), int32, gradients that were not finite
-    left: Factor  # of trees; an array without entries where a side has no factor
+    left: Factor  # of trees; a scalar where a side has no factor
     right: Factor
-    squares: Any  # of leaves that are no matrices, else without entries
+    squares: Any  # of leaves that are no matrices, else scalars
 
 
-def _blocks(state: ScaleByShampooState) -> list[ShampooBlock]:
-    """What is known of each leaf."""
+def _blocks(state: ScaleByShampooState, leaves: list) -> list[ShampooBlock]:
+    """What is known of each of the leaves."""
 
     def factors(side):
         each = zip(*map(jax.tree.leaves, side), strict=True)
-        return [Factor(*arrays) if arrays[0].size else None for arrays in each]
+        return [Factor(*arrays) if arrays[0].ndim else None for arrays in each]
 
-    squares = [x if x.size else None for x in jax.tree.leaves(state.squares)]
-    each = zip(factors(state.left), factors(state.right), squares, strict=True)
-    return [ShampooBlock(*block) for block in each]
+    def block(left, right, squares, leaf):
+        held = left is right is None and squares.shape == leaf.shape
+        return ShampooBlock(left, right, squares if held else None)
+
+    sides = factors(state.left), factors(state.right)
+    each = zip(*sides, jax.tree.leaves(state.squares), leaves, strict=True)
+    return [block(*of_leaf) for of_leaf in each]
 
 
 def _trees(blocks: list[ShampooBlock], treedef, dtype) -> tuple[Factor, Factor, Any]:
     """The inverse of `_blocks`."""
     tree = lambda leaves: jax.tree.unflatten(treedef, leaves)
-    nothing = lambda: jnp.zeros(0, dtype)  # not shared, so that a step may donate
+    # Scalars, for orbax keeps no empty arrays; not shared, so that a step may donate.
+    nothing = lambda: jnp.zeros((), dtype)
 
     def side(factors):
         full = [f or Factor(nothing(), nothing(), nothing()) for f in factors]
@@ -278,7 +283,7 @@ def scale_by_shampoo(
     def step(updates, state, damping):
         leaves, treedef = jax.tree.flatten(updates)
         numbers = dimension_numbers(weight_dimension_numbers, updates)
-        blocks = _blocks(state)
+        blocks = _blocks(state, leaves)
         dtype = accumulation_dtype(updates)
         delta = damping_in_force("scale_by_shampoo", damping, own, state.count, dtype)
         finite = jnp.array(True)
