@@ -155,7 +155,7 @@ run_flat = jax.jit(
 
 
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True)
-safeties = {"kfac": (8.0,), "newton": (2.0, 8.0)}
+safeties = {"kfac": (8.0,), "newton": (1.0, 8.0)}
 names = {"kfac": "KFAC, rate 0.03", "newton": "Lanczos-Newton, rate 0.3"}
 for ax, (kind, rate) in zip(axes, {"kfac": 0.03, "newton": 0.3}.items()):
     for damping in (1e-3, 1e-2, 1e-1, 1.0):
@@ -178,7 +178,7 @@ fig.tight_layout()
 # A small flat damping diverges or stalls, a large one crawls, and which is which
 # depends on the optimiser and its rate. KFAC's floor is level with the best flat
 # damping. For Lanczos-Newton a safety of 8 is far too cautious: the sharp directions
-# are among its Ritz vectors and divided by their own eigenvalues; with 2 it is near the
-# best.
+# are among its Ritz vectors and divided by their own eigenvalues; with 1 it is below all
+# four.
 #
 # Next: [the same at scale](05_sharding_and_big_models.ipynb).

@@ -555,7 +555,9 @@ def test_auto_adam_is_the_chain_it_stands_for():
     chex.assert_trees_all_equal(take_steps(one, 3)[0], take_steps(chain, 3)[0])
 
 
-@pytest.mark.parametrize("rule", [StabilityFloor.for_adam(), identity_target], ids=str)
+@pytest.mark.parametrize(
+    "rule", [StabilityFloor.for_adam(), identity_target], ids=["floor", "noise"]
+)
 def test_by_hand_nothing_is_compiled_one_operation_at_a_time(rule):
     """Which takes longer than it looks: every program has a name of ours."""
     learner = DampingLearner(mlp_loss, floor=1e-8, rule=rule)
