@@ -178,7 +178,7 @@ fig.tight_layout()
 # A small flat damping diverges or stalls, a large one crawls, and which is which
 # depends on the optimiser and its rate. KFAC's floor is level with the best flat
 # damping. For Lanczos-Newton a safety of 8 is far too cautious: the sharp directions
-# are among its Ritz vectors and divided by their own eigenvalues; with 1 it is below all
-# four.
+# are among its Ritz vectors and divided by their own eigenvalues; with 1 it is below
+# all four.
 #
 # Next: [the same at scale](05_sharding_and_big_models.ipynb).

@@ -1,5 +1,6 @@
 """Flax with BatchNorm and Dropout: fresh state, evaluation mode, checkpoints."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -213,6 +214,51 @@ def test_a_loss_of_the_model_itself_is_sent_to_curvature_loss():
     grads = nnx.grad(nnx_loss)(model, BATCH)
     with pytest.raises(TypeError, match=r"flax.curvature_loss\(model, loss\)"):
         optimizer.update(model, grads, batch=BATCH)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make, id=name)
+        for name, make in {
+            "auto_adam": lambda rate, loss, fn: rmtdamp.auto_adam(rate, loss),
+            "adamw": lambda rate, loss, fn: rmtdamp.adamw_shrinkage(rate),
+            "nadam": lambda rate, loss, fn: rmtdamp.with_damping(optax.nadam)(rate),
+            "lanczos": lambda rate, loss, fn: rmtdamp.lanczos_newton(
+                rate, loss, damping=0.1
+            ),
+            "kfac": lambda rate, loss, fn: rmtdamp.kfac(rate, fn, damping=0.1),
+            "spectral": lambda rate, loss, fn: rmtdamp.spectral_descent(rate),
+            "shampoo": lambda rate, loss, fn: rmtdamp.shampoo(rate),
+        }.items()
+    ],
+)
+def test_an_nnx_optimizer_takes_every_transformation(make):
+    """Its step is that of the plain params, and its state finds its way back."""
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model, nnx.Param)
+    factors_fn = rmtdamp.flax.nnx_factors(model, cross_entropy)
+    tx = make(0.05, rmtdamp.flax.curvature_loss(model, nnx_loss), factors_fn)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, batch):
+        grads = nnx.grad(nnx_loss)(model, batch)
+        optimizer.update(model, grads, batch=batch)
+
+    @jax.jit
+    def plain(params, state):
+        loss = lambda p: nnx_loss(nnx.merge(graphdef, p), BATCH)
+        updates, state = tx.update(jax.grad(loss)(params), state, params, batch=BATCH)
+        return optax.apply_updates(params, updates), state
+
+    pure = nnx.as_pure(params)
+    state = tx.init(pure)
+    for _ in range(3):
+        step(model, optimizer, BATCH)
+        pure, state = plain(pure, state)
+    trained = nnx.as_pure(nnx.state(model, nnx.Param))
+    chex.assert_trees_all_close(trained, pure, rtol=1e-5, atol=1e-6)
 
 
 def test_a_module_in_place_of_its_params_is_refused():

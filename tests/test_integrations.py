@@ -109,48 +109,6 @@ def test_nnx_optimizer():
     chex.assert_trees_all_equal_shapes_and_dtypes(nnx.as_pure(nnx.state(model)), before)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        pytest.param(make, id=name)
-        for name, make in {
-            "auto_adam": lambda rate, loss, fn: rmtdamp.auto_adam(rate, loss),
-            "adamw": lambda rate, loss, fn: rmtdamp.adamw_shrinkage(rate),
-            "nadam": lambda rate, loss, fn: rmtdamp.with_damping(optax.nadam)(rate),
-            "lanczos": lambda rate, loss, fn: rmtdamp.lanczos_newton(
-                rate, loss, damping=0.1
-            ),
-            "kfac": lambda rate, loss, fn: rmtdamp.kfac(rate, fn, damping=0.1),
-            "spectral": lambda rate, loss, fn: rmtdamp.spectral_descent(rate),
-            "shampoo": lambda rate, loss, fn: rmtdamp.shampoo(rate),
-        }.items()
-    ],
-)
-def test_nnx_optimizer_takes_every_transformation(make):
-    """Its step is that of the plain params, and its state finds its way back."""
-    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
-    graphdef, params = nnx.split(model, nnx.Param)
-    factors_fn = rmtdamp.flax.nnx_factors(model, cross_entropy)
-    tx = make(0.05, rmtdamp.flax.curvature_loss(model, model_loss), factors_fn)
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-
-    @nnx.jit
-    def step(model, optimizer, batch):
-        grads = nnx.grad(model_loss)(model, batch)
-        optimizer.update(model, grads, batch=batch)
-
-    of_params = lambda p, batch: model_loss(nnx.merge(graphdef, p), batch)
-    pure, _ = trained(
-        tx,
-        3,
-        nnx.as_pure(params),
-        functools.partial(one_step, batch=DATA, loss=of_params),
-    )
-    for _ in range(3):
-        step(model, optimizer, DATA)
-    close(nnx.as_pure(nnx.state(model, nnx.Param)), pure)
-
-
 def test_nnx_lora():
     """The rest of the model is data of the loss, and stays as it is."""
     rngs = nnx.Rngs(0)

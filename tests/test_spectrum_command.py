@@ -810,7 +810,7 @@ def test_help_explains_every_option(capsys):
         assert f"{option} " in text
     assert "--dense, --no-dense" in text
     assert "microbatches remains" in text
-    assert r"escaped: \['att'\]" in text
+    assert "a part of a path such as ['att']['key'] or a regular expression" in text
     assert "rmtdamp.demo.spectrum_example:digits" in text
     with pytest.raises(SystemExit):
         main(["--help"])
