@@ -299,6 +299,23 @@ def test_flax_embeddings_and_norms_have_the_gradients_of_the_model(case):
         jax.tree.map(close, from_matrix(block, matrix), expected)
 
 
+def test_a_layer_inside_a_layer_is_found():
+    """A subclass of a layer that is left out may have layers of its own."""
+
+    class Outer(nn.Dense):
+        @nn.compact
+        def __call__(self, inputs):
+            return nn.Dense(CLASSES, name="inner")(super().__call__(inputs))
+
+    model, inputs = Outer(3), jnp.ones((4, 2))
+    params = model.init(jax.random.key(0), inputs)["params"]
+    apply = lambda p, x: model.apply({"params": p}, x)
+    fn = linen_factors(apply, cross_entropy, params, inputs, layers=["inner"])
+    assert [block.name for block in fn.blocks if block.groups] == ["inner"]
+    batch = inputs, jnp.arange(4)
+    assert len(fn(params, batch, jax.random.key(1)).kronecker) == 1
+
+
 @both
 def test_by_default_they_are_diagonal(case):
     fn, *_ = case()

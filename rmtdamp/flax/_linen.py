@@ -37,7 +37,7 @@ def _name(module: nn.Module) -> str:
 
 
 def _intercept(answer: Callable) -> Any:
-    """Let `answer(call, context, args, kwargs)` answer the calls of layers."""
+    """Let `answer(call, context, args, kwargs)` answer layers' calls, but for None."""
     inside = False
 
     def interceptor(next_fun, args, kwargs, context):
@@ -48,9 +48,10 @@ def _intercept(answer: Callable) -> Any:
             return next_fun(*args, **kwargs)
         inside = True  # the clone's own call goes its way
         try:
-            return answer(next_fun, context, args, kwargs)
+            outputs = answer(next_fun, context, args, kwargs)
         finally:
             inside = False
+        return next_fun(*args, **kwargs) if outputs is None else outputs
 
     return nn.intercept_methods(interceptor)
 
@@ -202,7 +203,6 @@ def linen_factors(
             if spec is not None:
                 found = embedded if isinstance(module, nn.Embed) else linear
                 found[_name(module)] = spec
-        return next_fun(*args, **kwargs)
 
     with _intercept(discover):
         # A function of its own: JAX remembers the shapes of one that it has met.
@@ -213,7 +213,7 @@ def linen_factors(
         def answer(next_fun, context, args, kwargs):
             if _name(context.module) in taped:
                 return _taped_call(tape, next_fun, context, args, kwargs)
-            return next_fun(*args, **kwargs)
+            return None
 
         with _intercept(answer):
             return model_fn(params, inputs, *loss_args)
