@@ -256,6 +256,24 @@ def test_sampled_labels_give_the_gauss_newton_factor_on_average(
     assert jnp.max(jnp.abs(exact.outputs) / stderr) > 30
 
 
+def test_the_number_of_terms_is_found_for_numpy_arrays_too():
+    make = functools.partial(
+        ModelFactors,
+        model_fn=single,
+        criterion=cross_entropy,
+        blocks=PLACES_FN.blocks,
+        fisher="empirical",
+    )
+    batch = np.asarray(normal(16, N, 2, 3)), np.zeros((N, 2), np.int32)
+    found, told = (
+        fn(PLACES, batch, jax.random.key(17)).kronecker[0].outputs
+        for fn in (make(), make(num_terms=2))
+    )
+    close(found, told)
+    alone = make(num_terms=1)(PLACES, batch, jax.random.key(17)).kronecker[0]
+    close(found, 2 * alone.outputs)
+
+
 def test_a_single_logit_has_no_label_to_draw():
     def model(params, x, tape):
         return single(params, x, tape)[:, :1]

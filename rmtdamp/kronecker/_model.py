@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rmtdamp._checks import check_choice, check_outputs, check_range, check_scalar, pair
 from rmtdamp._jax import is_traced, matmul_precision
@@ -379,18 +380,18 @@ def _zeros_like_outputs(calls_fn, *arguments):
     params, inputs, _ = arguments
     first = len(jax.tree.leaves(params))
     follows = _dependence(traced.jaxpr, first, first + len(jax.tree.leaves(inputs)))
-    for name, calls in shapes.items():
-        for y in calls:
-            # Rows for each example may be there without depending on it (positions
-            # spread over the batch); the axis of a tap came first.
-            spread = len(y.shape) > 3 and y.shape[1] == num_examples(inputs)
-            if not next(follows) and not spread:
-                raise ValueError(
-                    f"layer {name!r} has outputs of shape {y.shape[1:]} that do not "
-                    "depend on the inputs, such as an embedding of positions: the "
-                    "examples share them, so their gradients cannot be told apart; "
-                    "leave it to a diagonal block (layers=, embeddings=)"
-                )
+    calls = jax.tree_util.tree_leaves_with_path(shapes)
+    for ((name, *_), y), depends in zip(calls, follows, strict=True):
+        # Rows for each example may be there without depending on it (positions
+        # spread over the batch); the axis of a tap came first.
+        spread = len(y.shape) > 3 and y.shape[1] == num_examples(inputs)
+        if not depends and not spread:
+            raise ValueError(
+                f"layer {name.key!r} has outputs of shape {y.shape[1:]} that do not "
+                "depend on the inputs, such as an embedding of positions: the "
+                "examples share them, so their gradients cannot be told apart; leave "
+                "it to a diagonal block (layers=, embeddings=)"
+            )
     return jax.tree.map(lambda y: jnp.zeros(y.shape[1:], y.dtype), shapes)
 
 
@@ -457,8 +458,9 @@ def _num_terms(criterion, outputs, targets, gradient) -> jax.Array | float:
     Returns:
         A number, of those that have a gradient.
     """
-    arrays = isinstance(outputs, jax.Array) and isinstance(targets, jax.Array)
-    if not arrays or targets.size == len(targets):
+    if not all(isinstance(x, jax.Array | np.ndarray) for x in (outputs, targets)):
+        return 1.0
+    if targets.size == len(targets):
         return 1.0
     places = targets.ndim
     if outputs.shape[:places] != targets.shape:
