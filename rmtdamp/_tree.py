@@ -189,8 +189,10 @@ def check_params(params: Params) -> None:
             nnx model that nobody trains.
         ValueError: there is no element at all.
     """
-    _refuse_nnx_state(params)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if any(without_box(path) != path for path, _ in leaves):
+        _refuse_nnx_state(params)
+    for path, leaf in leaves:
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from rich.progress import Progress
 from scipy.stats import wasserstein_distance
 
 import rmtdamp
@@ -386,7 +387,7 @@ def big_row(effort, layers, width, heads, tokens, batch_size):
     row = {"parameters": sum(x.size for x in jax.tree.leaves(params))}
     gradient = jax.jit(jax.grad(loss_fn))
     steps = 20 if effort.steps > 20 else 2
-    with timing.bar() as progress:
+    with Progress() as progress:  # which says how long is left
         task = progress.add_task("products of the density", total=steps)
 
         def watched(batches):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich.progress import Progress, TimeRemainingColumn, track
+from rich.progress import track
 
 from benchmarks.shared.models import build
 from rmtdamp.demo._train import cross_entropy
@@ -71,11 +71,6 @@ def interleaved(a, b, pairs, title):
     times = rotate({"a": a, "b": b}, pairs, title)
     found = compare(times["a"], times["b"])
     return found | {"baseline_seconds": statistics.median(times["a"])}
-
-
-def bar() -> Progress:
-    """A bar that says how long is left."""
-    return Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn())
 
 
 def on_cpu():

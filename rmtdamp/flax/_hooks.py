@@ -83,8 +83,7 @@ def refuse_attend(name: str) -> NoReturn:
 
 def choose_layers(
     params: Params,
-    linear: dict[str, dict],
-    embedded: dict[str, dict],
+    found: dict[str, dict],
     layers: Layers,
     embeddings: Layers,
     full: Layers,
@@ -93,20 +92,20 @@ def choose_layers(
 
     Args:
         params: of the model.
-        linear: name -> entry of each linear layer and convolution.
-        embedded: the same for embeddings.
-        layers: which of the first get a Kronecker block, None for all.
-        embeddings: which of the second.
+        found: name -> entry of each linear layer, convolution and embedding.
+        layers: which of the first two get a Kronecker block, None for all.
+        embeddings: which of the third.
         full: of which modules the leaves that remain get a full block.
 
     Returns:
         Name -> entry of the chosen, sorted; and the names of those that show their
         inputs to the tape.
     """
-    entries = {name: linear[name] for name in _chosen("layers", linear, layers)}
-    for name in _chosen("embeddings", embedded, embeddings):
-        entries[name] = embedded[name]
-    taped = set(entries)
+    embedded = {name for name, entry in found.items() if "embedding" in entry}
+    linear = [name for name in found if name not in embedded]
+    taped = _chosen("layers", linear, layers)
+    taped |= _chosen("embeddings", sorted(embedded), embeddings)
+    entries = {name: found[name] for name in taped}
     taken = {leaf for entry in entries.values() for leaf in entry.values()}
     rest: dict[str, dict] = {}
     for leaf in leaf_names(params):

@@ -193,21 +193,19 @@ def linen_factors(
         name: tuple(leaf.shape)
         for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True)
     }
-    linear: dict[str, dict] = {}
-    embedded: dict[str, dict] = {}
+    found: dict[str, dict] = {}
 
     def discover(next_fun, context, args, kwargs):
         module = context.module
         if context.method_name == "__call__":
             spec = _layer(module, _inputs(args, kwargs), leaves)
             if spec is not None:
-                found = embedded if isinstance(module, nn.Embed) else linear
                 found[_name(module)] = spec
 
     with _intercept(discover):
         # A function of its own: JAX remembers the shapes of one that it has met.
         jax.eval_shape(lambda *args: model_fn(*args), params, inputs, *loss_args)
-    entries, taped = choose_layers(params, linear, embedded, layers, embeddings, full)
+    entries, taped = choose_layers(params, found, layers, embeddings, full)
 
     def taped_fn(params, inputs, tape, *loss_args):
         def answer(next_fun, context, args, kwargs):

@@ -35,6 +35,9 @@ def _name(path: tuple) -> str:
 def _layer(path: tuple, module, leaves: dict[str, tuple]) -> dict | None:
     """The layer's entry for `make_blocks`; None if its block is diagonal."""
     leaf = lambda name: "/".join(map(str, (*path, name)))
+    if isinstance(module, nnx.Embed):
+        table = leaf("embedding")
+        return {"embedding": table} if len(leaves.get(table, ())) == 2 else None
     spec: dict[str, Any] = {"kernel": leaf("kernel")}
     if isinstance(module, nnx.Conv):
         if module.mask is not None:  # its kernel is not what is multiplied
@@ -176,15 +179,12 @@ def nnx_factors(
         name: tuple(leaf.shape)
         for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True)
     }
-    linear, embedded = {}, {}
+    found = {}
     for path, module in nnx.iter_modules(copy):
         spec = _layer(path, module, leaves)
-        table = "/".join(map(str, (*path, "embedding")))
         if spec is not None:
-            linear[_name(path)] = spec
-        elif isinstance(module, nnx.Embed) and len(leaves.get(table, ())) == 2:
-            embedded[_name(path)] = {"embedding": table}
-    entries, taped = choose_layers(params, linear, embedded, layers, embeddings, full)
+            found[_name(path)] = spec
+    entries, taped = choose_layers(params, found, layers, embeddings, full)
 
     def model_fn(params, inputs, tape, *state):
         state = state_of(rest, state, "nnx_factors")
