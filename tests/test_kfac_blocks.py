@@ -14,6 +14,7 @@ from rmtdamp import KroneckerMeasurer, scale_by_kfac
 from rmtdamp.flax import linen_factors, nnx_factors
 from rmtdamp.kronecker import (
     ModelFactors,
+    Tape,
     block_table,
     eigenbasis,
     from_matrix,
@@ -24,6 +25,7 @@ from rmtdamp.kronecker import (
 )
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
+SILENT = Tape(keep=False)
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-9)
 
 TOKENS, WIDTH, CLASSES = 5, 3, 4
@@ -83,16 +85,11 @@ def measure(fn, params, batch, key):
 
 
 def found_of(fn):
-    """Measured factors, by the name of their block."""
+    """Block, factors and record, by the name of the block."""
     found = measure(fn, PARAMS, BATCH, jax.random.key(5))
     layers = [block for block in fn.blocks if block.groups]
-    return dict(
-        zip(
-            [block.name for block in layers],
-            zip(layers, found.kronecker, found.records, strict=True),
-            strict=True,
-        )
-    )
+    each = zip(layers, found.kronecker, found.records, strict=True)
+    return {of_block[0].name: of_block for of_block in each}
 
 
 def test_an_embedding_has_the_factors_of_a_one_hot_layer():
@@ -116,7 +113,7 @@ def test_an_embedding_has_the_factors_of_a_one_hot_layer():
 @pytest.mark.parametrize("fisher", ["ggn", "empirical"])
 def test_a_full_block_is_the_mean_of_the_outer_products(fisher):
     block, factors, record = found_of(factors_fn(fisher=fisher))["norm"]
-    loss = lambda leaves, x, z: model_fn(PARAMS | leaves, x[None], Silent())[0] @ z
+    loss = lambda leaves, x, z: model_fn(PARAMS | leaves, x[None], SILENT)[0] @ z
     leaves = {name: PARAMS[name] for name in ("scale", "shift")}
 
     def gradient(x, z):
@@ -124,7 +121,7 @@ def test_a_full_block_is_the_mean_of_the_outer_products(fisher):
 
     expected = 0
     for x, label in zip(*BATCH, strict=True):
-        logits = model_fn(PARAMS, x[None], Silent())[0]
+        logits = model_fn(PARAMS, x[None], SILENT)[0]
         p = jax.nn.softmax(logits)
         if fisher == "ggn":
             jacobian = jax.vmap(functools.partial(gradient, x))(jnp.eye(CLASSES))
@@ -139,16 +136,6 @@ def test_a_full_block_is_the_mean_of_the_outer_products(fisher):
     values = np.linalg.eigvalsh(factors.outputs[0])
     moments = second_moments(record, eigenbasis(factors))
     close(moments[0, 0], values, rtol=1e-4, atol=1e-6)
-
-
-class Silent:
-    """A tape that keeps nothing."""
-
-    def linear(self, name, x, y):
-        return y
-
-    def embedding(self, name, indices, y):
-        return y
 
 
 def test_leaves_become_matrices_and_come_back():
@@ -225,7 +212,7 @@ def test_a_full_block_is_solved():
 
 # --- Flax -----------------------------------------------------------------------------
 
-HEADS, LENGTH = 2, INDICES.shape[1]
+LENGTH = INDICES.shape[1]
 
 
 class NNX(nnx.Module):
@@ -374,8 +361,6 @@ def test_what_cannot_be_is_refused():
 
 
 def test_an_embedding_of_a_sharded_batch_is_that_of_one_device():
-    if jax.device_count() < 2:
-        pytest.skip("needs two devices")
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     batch = jax.device_put(BATCH, jax.NamedSharding(mesh, jax.P("data")))
     found = measure(factors_fn(), PARAMS, batch, jax.random.key(5))

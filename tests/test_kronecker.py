@@ -11,6 +11,7 @@ from problems import mlp, mlp_batch, mlp_loss
 from rmtdamp.kronecker import (
     KroneckerFactors,
     ModelFactors,
+    Tape,
     block_table,
     eigenbasis,
     from_matrix,
@@ -24,6 +25,7 @@ from rmtdamp.kronecker._tape import convolution_patches
 pytestmark = pytest.mark.slow
 
 N = 6
+SILENT = Tape(keep=False)
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-9)
 jitted = jax.jit(
     lambda fn, params, batch, key: fn(params, batch, key), static_argnums=0
@@ -46,13 +48,6 @@ def squared(outputs, targets):
 def cross_entropy(logits, labels):
     logp = jax.nn.log_softmax(logits)
     return -jnp.mean(jnp.take_along_axis(logp, labels[..., None], axis=-1))
-
-
-class Silent:
-    """A tape that keeps nothing."""
-
-    def linear(self, name, x, y):
-        return y
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4))
@@ -180,7 +175,7 @@ def test_sharing_is_exact_in_its_own_setting(sharing):
     )
     (found,) = jitted(fn, PLACES, batch, jax.random.key(11)).kronecker
 
-    plain = lambda leaves, x: model({"w": leaves[0], "b": leaves[1]}, x, Silent())
+    plain = lambda leaves, x: model({"w": leaves[0], "b": leaves[1]}, x, SILENT)
     leaves = [PLACES["w"], PLACES["b"]]
     close(kron(found), dense_block(plain, squared, leaves, batch, "ggn"))
 
@@ -417,7 +412,7 @@ SCALED_BATCH = jnp.arange(N) % 5, jnp.arange(N) % 4
 def test_diagonal_blocks_are_mean_squared_gradients(diagonal):
 
     def one(params, x, y):
-        return cross_entropy(scaled(params, x[None], Silent()), y[None])
+        return cross_entropy(scaled(params, x[None], SILENT), y[None])
 
     each = jax.jit(jax.vmap(jax.grad(one), in_axes=(None, 0, 0)))(SCALED, *SCALED_BATCH)
     fn = ModelFactors(
@@ -449,7 +444,7 @@ def test_exact_gauss_newton_diagonal():
     found = jitted(fn, SCALED, SCALED_BATCH, jax.random.key(29)).diagonal[0]
 
     def logits(scale):
-        return scaled(SCALED | {"scale": scale}, SCALED_BATCH[0], Silent())
+        return scaled(SCALED | {"scale": scale}, SCALED_BATCH[0], SILENT)
 
     jacobian = jax.jacobian(logits)(SCALED["scale"])  # (N, 4, 3)
     p = jax.nn.softmax(logits(SCALED["scale"]))
@@ -467,7 +462,7 @@ def test_second_moments_are_the_diagonal_in_the_eigenbasis(places):
     basis = eigenbasis(found.kronecker[0])
     q = jnp.kron(basis.inputs[0], basis.outputs[0])
 
-    plain = lambda leaves, x: single({"w": leaves[0], "b": leaves[1]}, x, Silent())
+    plain = lambda leaves, x: single({"w": leaves[0], "b": leaves[1]}, x, SILENT)
     fisher = dense_block(plain, squared, [PLACES["w"], PLACES["b"]], batch, "empirical")
     expected = jnp.diag(q.T @ fisher @ q).reshape(1, 4, 4)
     close(second_moments(found.records[0], basis), expected)
