@@ -30,11 +30,9 @@ from ._sharding import (
     placement,
     whole,
 )
-from ._tree import accumulation_dtype, norm, random_like, scale
+from ._tree import SMALL, accumulation_dtype, norm, random_like, scale
 from ._types import Key, Params
 
-# Leaves of at most so many elements are joined: as a float32, a quarter of a megabyte.
-SMALL = 2**16
 # What is left of a vector within a space is rounding: tens of epsilons, for products
 # are sums of many rounded terms.
 BREAKDOWN = 64

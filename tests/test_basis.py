@@ -18,6 +18,7 @@ from rmtdamp._basis import (
     unpack,
     zeros,
 )
+from rmtdamp._tree import scattered
 
 TREE = {
     "bias": jnp.arange(3.0),
@@ -91,6 +92,36 @@ def block(rows=4):
 
 def flat(tree):
     return np.concatenate([np.reshape(x, (len(x), -1)) for x in tree], axis=1)
+
+
+def transformed(x: np.ndarray) -> list[np.ndarray]:
+    """Walsh-Hadamard and Fourier coefficients, each of unit variance for white x."""
+    walsh, width = x / np.linalg.norm(x), 1
+    while width < x.size:
+        a, b = np.moveaxis(walsh.reshape(-1, 2, width), 1, 0)
+        walsh = np.stack([a + b, a - b], 1).ravel()
+        width *= 2
+    return [walsh, np.fft.rfft(x / np.linalg.norm(x))[1:]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_scattered_vector_is_orthogonal_to_nothing_regular(seed):
+    shape = 64, 128
+    x = np.asarray(scattered(jax.random.key(seed), shape, jnp.float32))
+    assert abs(x.mean()) < 4 / np.sqrt(3 * x.size)
+    assert abs(3 * np.mean(x**2) - 1) < 4 / np.sqrt(1.25 * x.size)
+    # The largest of n Gaussian coefficients is sqrt(2 log n) = 4.2 of their spread.
+    assert all(np.abs(y).max() < 5.5 for y in transformed(x.ravel()))
+    other = np.asarray(scattered(jax.random.key(seed + 1), shape, jnp.float32))
+    assert abs(np.corrcoef(x.ravel(), other.ravel())[0, 1]) < 4 / np.sqrt(x.size)
+
+
+def test_a_scattered_vector_does_not_depend_on_its_shape_or_on_the_form_of_the_key():
+    key = jax.random.key(7)
+    flat = scattered(key, (24,), jnp.float32)
+    cube = scattered(jax.random.PRNGKey(7), (2, 3, 4), jnp.float32)
+    np.testing.assert_array_equal(cube.ravel(), flat)
+    assert scattered(key, (), jnp.bfloat16).dtype == jnp.bfloat16
 
 
 def test_algebra_is_that_of_matrices():

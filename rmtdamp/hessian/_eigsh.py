@@ -28,7 +28,7 @@ from rmtdamp._basis import (
 )
 from rmtdamp._jax import is_traced
 from rmtdamp._sharding import automatic, typed_like
-from rmtdamp._tree import check_params, norm, scale, size
+from rmtdamp._tree import check_params, norm, scale, scattered, size
 from rmtdamp._types import Key, Matvec, Params
 
 from ._apply import multiply
@@ -201,7 +201,7 @@ def eigsh(
             "eigsh decides by its residuals when to stop, so it cannot be traced: call "
             "it outside jit, or take lanczos, which can"
         )
-    start = draw(key, like, jax.random.normal)
+    start = draw(key, like, scattered)
     carry, vector = _begin(start, m)
     dtype = carry.matrix.dtype
     relative = (1e-4 if dtype == jnp.float32 else 1e-8) if tol is None else tol

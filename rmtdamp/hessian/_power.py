@@ -13,7 +13,7 @@ import numpy as np
 
 from rmtdamp._basis import draw, magnitude, normalised, pack, unpack
 from rmtdamp._jax import is_traced
-from rmtdamp._tree import aligned, check_params, norm, vdot
+from rmtdamp._tree import aligned, check_params, norm, scattered, vdot
 from rmtdamp._types import Key, Matvec, Params
 
 from ._apply import multiply
@@ -74,7 +74,7 @@ def _again(key, like, carry: _Carry):
     # Twice the negative eigenvalue: with it alone, -c I would become the zero matrix.
     shift = jnp.maximum(-2 * carry.found.value, 0)
     silent = jnp.all(jnp.stack([jnp.all(x == 0) for x in carry.vector]))  # H x = 0
-    restart = draw(key, like, jax.random.normal)
+    restart = draw(key, like, scattered)
     choose = lambda a, b: jnp.where((shift > 0) | silent, a, b)
     return shift, jax.tree.map(choose, restart, carry.vector)
 
@@ -152,7 +152,7 @@ def largest_eigenvalue(
         raise ValueError(f"num_steps is {num_steps}, and at least 2 are needed")
     root = None if preconditioner is None else _root(preconditioner, like)
     first, second = jax.random.split(key)
-    vector = draw(first, like, jax.random.normal)
+    vector = draw(first, like, scattered)
     zero = np.zeros((), vector[0].dtype)
     carry = _iterate(matvec, like, root, zero, vector, num_steps // 2)
     shift, vector = _again(second, like, carry)

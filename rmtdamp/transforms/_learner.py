@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from rmtdamp._basis import draw, normalised, unpack
 from rmtdamp._checks import check_range
 from rmtdamp._jax import is_traced, matmul_precision
 from rmtdamp._parts import Labels, Parts, as_function, parts_of
-from rmtdamp._sharding import placement, regrouped
-from rmtdamp._tree import accumulation_dtype, num_examples, random_like, vdot
+from rmtdamp._sharding import regrouped
+from rmtdamp._tree import accumulation_dtype, num_examples, scattered, vdot
 from rmtdamp._types import Execution, LossFn, Mode, Params
 from rmtdamp.damping import (
     MEASURED,
@@ -143,7 +144,7 @@ class DampingLearner:
         """The state before any measurement: the damping is `floor`."""
         needed, parts = needs_of(self.rule), self.parts(params)
         start = lambda name: (
-            _start(self.seed, params, parts, placement(params))
+            _start(draw(jax.random.key(self.seed), params, scattered), params, parts)
             if name in needed
             else None
         )
@@ -266,12 +267,12 @@ def _failures(counted, cosine):
 _FIRST_PRODUCTS = 8
 
 
-@functools.partial(jax.jit, static_argnames=("parts", "where"))
-def _start(seed, params, parts, where):
-    dtype = accumulation_dtype(params)
-    like = jax.tree.map(lambda x: x.astype(dtype), params)
-    vector = random_like(jax.random.key(seed), like, jax.random.normal, where)
-    return parts.normalised(vector)[0]
+@functools.partial(jax.jit, static_argnames="parts")
+def _start(drawn, params, parts):
+    # Apart from the draw, which XLA would make anew for each leaf that is cut out.
+    if parts.names is None:
+        return unpack(normalised(drawn)[0], params)
+    return parts.normalised(unpack(drawn, params))[0]
 
 
 @jax.jit
