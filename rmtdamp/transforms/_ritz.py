@@ -13,14 +13,7 @@ from rmtdamp._basis import zeros
 from rmtdamp._checks import check_choice
 from rmtdamp._jax import is_traced
 from rmtdamp._sharding import placement
-from rmtdamp._tree import (
-    accumulation_dtype,
-    norm,
-    num_examples,
-    random_like,
-    scattered,
-    size,
-)
+from rmtdamp._tree import accumulation_dtype, norm, num_examples, random_like, size
 from rmtdamp._types import Key, LossFn, Matvec, Params
 from rmtdamp.hessian import hessian_matvec, lanczos, moments
 from rmtdamp.rmt import rotationally_invariant_shrinkage
@@ -237,7 +230,7 @@ class RitzMeasurer:
 
 
 def _start(measurer: RitzMeasurer, key, params, gradient, where):
-    draw = random_like(key, params, scattered, where)
+    draw = random_like(key, params, jax.random.normal, where)
     if measurer.start == "random":
         return draw
     if measurer.start != "gradient":
