@@ -63,3 +63,5 @@ from .transforms import (
     spectral_descent as spectral_descent,
     with_damping as with_damping,
 )
+
+__version__ = "0.1.0"

@@ -19,7 +19,10 @@ def check_range(
 
     Raises:
         ValueError: `value` is a number and not `inside`.
+        TypeError: it is a string.
     """
+    if isinstance(value, str):
+        raise TypeError(f"{name} is the string {value!r}: hand over a number")
     if isinstance(value, int | float | np.number) and not inside(value):
         raise ValueError(f"{name} is {value}, and must be {bound}")
 
@@ -66,6 +69,21 @@ def check_every(name: str, every: Any, *, or_never: bool = False) -> None:
         )
 
 
+def check_loss_args(loss_args: Any) -> None:
+    """Refuse further arguments of a loss that are not in a tuple.
+
+    Raises:
+        TypeError: they are not.
+    """
+    if not isinstance(loss_args, tuple | list):
+        kind = type(loss_args).__name__
+        kind = "array" if isinstance(loss_args, jax.Array) else kind  # or traced
+        raise TypeError(
+            f"loss_args is of type {kind}: hand over a tuple of the loss's further "
+            "arguments, loss_args=(x,) for a single one"
+        )
+
+
 def check_scalar(loss_fn: LossFn, params: Params, batch: Batch, loss_args) -> None:
     """Refuse a loss that is not one real number; costs an abstract evaluation.
 
@@ -73,6 +91,7 @@ def check_scalar(loss_fn: LossFn, params: Params, batch: Batch, loss_args) -> No
         TypeError: the loss does not take (params, batch, *loss_args), or returns
             anything but a real floating scalar.
     """
+    check_loss_args(loss_args)
     out = _abstract(loss_fn, params, batch, loss_args)
     if not isinstance(out, jax.ShapeDtypeStruct):
         raise TypeError(

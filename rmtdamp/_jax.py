@@ -1,7 +1,8 @@
 """Questions to JAX, and one setting: tracing, convolutions, dtypes, precision."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.core
@@ -35,6 +36,17 @@ def coarsest_epsilon(function: Callable, params: Params) -> float:
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(params)}
     dtypes |= {x for x in _HALVES if f"new_dtype={x.name}" in text}
     return max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+
+
+def depends(jaxpr: Any, given: Iterable[Any]) -> Iterator[bool]:
+    """For each output of a jaxpr, whether it depends on one of `given`'s variables."""
+    known = set(given)
+    for equation in jaxpr.eqns:
+        # Literals cannot be hashed, and depend on nothing.
+        names = (x for x in equation.invars if not hasattr(x, "val"))
+        if not known.isdisjoint(names):
+            known.update(equation.outvars)
+    return (not hasattr(x, "val") and x in known for x in jaxpr.outvars)
 
 
 def matmul_precision(precision: str | None):

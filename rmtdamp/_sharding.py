@@ -82,6 +82,26 @@ def whole(x: jax.Array, like: Any) -> jax.Array:
     return x
 
 
+def in_unchecked_shards(*trees: Any) -> bool:
+    """Whether this is inside `pmap` or `shard_map(check_vma=False)`.
+
+    Where JAX does not track over which axes arrays vary, the derivative of a `pmean` is
+    that of a device's own part. Nor can this be told from arrays none of which vary.
+
+    Returns:
+        A bool.
+    """
+    if not getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ()):
+        return False
+
+    def varies(x):
+        kind = jax.typeof(x)  # whose attribute was renamed after jax 0.7
+        tracked = getattr(kind, "manual_axis_type", None)
+        return bool(getattr(tracked, "varying", None) or getattr(kind, "vma", None))
+
+    return not any(map(varies, jax.tree.leaves(trees)))
+
+
 def explicitly_split(tree: Params) -> NamedSharding | None:
     """Whole on the explicit mesh that a leaf is split over; None if none is."""
     for leaf in jax.tree.leaves(tree):

@@ -168,14 +168,14 @@ def scattered(key: Key, shape: tuple[int, ...], dtype) -> jax.Array:
 def aligned(vector: Params, params: Params) -> Params:
     """Bring a vector into the tree structure and dtypes of `params`.
 
-    Structures are compared leaf by leaf, not by treedef: `flax.nnx` hands out the same
-    params once as variables and once as arrays.
+    Structures are compared leaf by leaf, by name and shape and not by treedef:
+    `flax.nnx` hands out the same params once as variables and once as arrays.
 
     Returns:
         The same numbers, a pytree like `params`.
 
     Raises:
-        ValueError: the leaves differ in number or shape.
+        ValueError: the leaves differ in number, name or shape.
     """
     leaves, treedef = jax.tree.flatten(params)
     given = jax.tree.leaves(vector)
@@ -185,6 +185,13 @@ def aligned(vector: Params, params: Params) -> Params:
             "vector in parameter space is a pytree like params "
             "(jax.tree.map over params builds one)"
         )
+    if jax.tree.structure(vector) != treedef:
+        pairs = zip(leaf_names(vector), leaf_names(params), strict=True)
+        if differ := [pair for pair in pairs if pair[0] != pair[1]]:
+            raise ValueError(
+                f"the vector has a leaf {differ[0][0]!r} where params have "
+                f"{differ[0][1]!r}: a vector in parameter space is a pytree like params"
+            )
     for i, (leaf, other) in enumerate(zip(leaves, given, strict=True)):
         if jnp.shape(other) != leaf.shape:
             path = jax.tree_util.keystr(
@@ -268,7 +275,8 @@ def num_examples(batch: Batch, name: str = "batch") -> int:
         if jnp.ndim(leaf) == 0:
             raise ValueError(
                 f"{name}{jax.tree_util.keystr(path)} is a scalar without an axis of "
-                "examples: what is not split among microbatches belongs in loss_args"
+                "examples: what is not split among microbatches belongs in loss_args, "
+                "and a list of numbers becomes an array, jnp.array(...)"
             )
         sizes[f"{name}{jax.tree_util.keystr(path)}"] = jnp.shape(leaf)[0]
     if len(set(sizes.values())) > 1:

@@ -92,6 +92,9 @@ def outliers(measured: SplitHalfPairs) -> Outliers:
     Returns:
         `Outliers`.
 
+    Raises:
+        TypeError: `measured` comes from elsewhere.
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from rmtdamp.hessian import halves, hessian_matvec, split_half_eigsh
@@ -111,6 +114,11 @@ def outliers(measured: SplitHalfPairs) -> Outliers:
         Granziol and Baskerville, section 4. We depart from it in judging by the halves
         of the batch in place of the semicircle.
     """
+    if not isinstance(measured, SplitHalfPairs):
+        raise TypeError(
+            f"measured is {type(measured).__name__}, and a verdict needs what two "
+            "halves of the batch agree on: hand over what split_half_eigsh returns"
+        )
     is_outlier, true, overlaps = _judged(measured.eigenvalues, measured.agreements)
     return Outliers(
         eigenvalues=measured.eigenvalues,

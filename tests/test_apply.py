@@ -126,6 +126,10 @@ def test_restrict_by_function_and_by_nothing():
         ValueError, match=r"matches 'conv': choose from \[0\]\['bias'\]"
     ):
         restrict(matvec, PARAMS, "conv")
+    with pytest.raises(ValueError, match=r"no regular expression \(.*choose from"):
+        restrict(matvec, PARAMS, "[w")
+    with pytest.raises(TypeError, match=r"select is a list: .* lambda path"):
+        restrict(matvec, PARAMS, ["kernel"])
 
 
 def model(params, inputs):

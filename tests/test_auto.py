@@ -1,6 +1,7 @@
 """auto_damping, its by-hand twin, set_damping: what they hold, hand on and refuse."""
 
 import re
+import warnings
 
 import chex
 import jax
@@ -23,6 +24,7 @@ from rmtdamp import (
 )
 from rmtdamp.damping import (
     GradientNorm,
+    MeanFraction,
     Shrinkage,
     StabilityFloor,
     identity_target,
@@ -487,6 +489,15 @@ HOLES = lambda: optax.masked(owned(), [{"kernel": True, "bias": False}] * 2)
             r"floor is -1\.0, and must be at least 0$",
         ),
         (lambda: set_damping(adam_shrinkage(1e-3), -1.0), "damping is -1.0, and must"),
+        (lambda: adam_shrinkage(1e-3, damping=-1.0), "damping is -1.0, and must be at"),
+        (lambda: auto_adam(-0.1, LEARNER), "learning_rate is -0.1, and must be at"),
+        (lambda: adam_shrinkage(float("nan")), "learning_rate is nan, and must be"),
+        (
+            lambda: jax.jit(lambda b1: auto_adam(1e-3, mlp_loss, b1).init(PARAMS))(0.9),
+            "b1 is traced, .* static_args, or hand over a DampingLearner",
+        ),
+        (lambda: rmtdamp.check_state(PARAMS), "a list, holds nothing that is measured"),
+        (lambda: rmtdamp.check_state(owned()), "holds nothing that is measured"),
         (lambda: DampingLearner(mlp_loss, floor=-1.0), "floor is -1.0, .* at least 0"),
         (lambda: DampingLearner(mlp_loss, decay=1.0), r"decay is 1.0, .* in \[0, 1\)"),
         (lambda: DampingLearner(mlp_loss, min_shrinkage=0.0), "min_shrinkage is 0.0"),
@@ -741,12 +752,52 @@ def test_a_run_that_sits_on_the_bound_says_so():
             lambda: with_damping(optax.adam(1e-3)),
             r"already made: .*with_damping\(optax.adam\)\(1e-3\)",
         ),
+        (
+            lambda: auto_damping(with_damping(optax.adam), LEARNER),
+            r"inner is adam, and no .* with_damping\(optax.adam\)\(1e-3\)",
+        ),
+        (lambda: set_damping(0.1, optax.adam(1e-3)), "inner is float, and no gradient"),
+        (lambda: auto_adam("1e-3", LEARNER), "learning_rate is the string '1e-3'"),
+        (lambda: DampingLearner(mlp_loss, floor="0"), "floor is the string '0': hand"),
     ],
-    ids=["loss(params, x, y)", "loss_args=key", "with_damping(adam(...))"],
+    ids=[
+        "loss(params, x, y)",
+        "loss_args=key",
+        "with_damping(adam(...))",
+        "with_damping(adam)",
+        "swapped",
+        "rate",
+        "floor",
+    ],
 )
 def test_messages_that_point_to_the_mistake(call, message):
     with pytest.raises(TypeError, match=f"(?s){message}"):
         call()
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_frozen_leaves_inside_are_pointed_out(chained):
+    """Their curvature would decide on the damping of the others."""
+    adam = optax.partition(
+        {"train": adam_shrinkage(1e-3), "freeze": optax.set_to_zero()},
+        lambda params: [
+            {"kernel": "freeze", "bias": "freeze"},
+            *[{"kernel": "train", "bias": "train"}] * (len(params) - 1),
+        ],
+    )
+    inner = optax.chain(optax.clip(1.0), adam) if chained else adam
+    tx = auto_damping(inner, DampingLearner(mlp_loss, rule=StabilityFloor(8.0)))
+    with pytest.warns(UserWarning, match=r"moves 0/bias, 0/kernel, .* loss_args"):
+        tx.init(PARAMS)
+    with warnings.catch_warnings(action="error"):
+        auto_damping(inner, DampingLearner(mlp_loss, rule=MeanFraction()))
+        owned().init(PARAMS)
+
+
+def test_a_schedule_below_zero_counts_as_none():
+    tx = set_damping(adam_shrinkage(1e-3), optax.linear_schedule(0.1, -0.5, 2))
+    _, state = take_steps(tx, 3)
+    assert optax.tree.get(state, "damping") == 0
 
 
 def test_a_blow_up_does_not_lock_the_damping():

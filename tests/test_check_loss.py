@@ -41,7 +41,11 @@ def test_a_mean_passes(count, dtype):
 @pytest.mark.parametrize(
     ("loss_fn", "loss_args", "message"),
     [
-        (dropout, (jax.random.PRNGKey(1),), "depends on the order of the examples"),
+        (
+            dropout,
+            (jax.random.PRNGKey(1),),
+            "depends on the order .* a key for each",
+        ),
         (batch_statistics, (), "not a mean over examples.*BatchNorm"),
         (token_weighting, (), "not a mean over examples.*mean over tokens"),
         (lambda p, b: jnp.sum(losses(p, b)), (), "sums over the batch: .* jnp.mean"),
@@ -52,6 +56,26 @@ def test_a_mean_passes(count, dtype):
 def test_what_is_not_a_mean_fails(loss_fn, loss_args, message):
     with pytest.raises(ValueError, match=message):
         check_loss(loss_fn, PARAMS.astype(jnp.float64), BATCH, loss_args=loss_args)
+
+
+@pytest.mark.parametrize("reduce", [jnp.mean, jnp.sum])
+def test_a_loss_of_zero_is_judged_by_its_slope(reduce):
+    """A policy gradient with centred advantages and a head of zeros."""
+    advantages = BATCH[:, 0] - BATCH[:, 0].mean()
+
+    def loss(params, batch):
+        actions, advantage = batch
+        logp = jax.nn.log_sigmoid(jnp.where(actions > 0, 1, -1) * (BATCH[0] @ params))
+        return reduce(logp * advantage)
+
+    batch = BATCH[:, 1], advantages
+    params = jnp.zeros(3)
+    assert abs(loss(params, batch)) < 1e-5
+    if reduce is jnp.mean:
+        check_loss(loss, params, batch)
+        return
+    with pytest.raises(ValueError, match="loss_fn's slope sums over the batch"):
+        check_loss(loss, params, batch)
 
 
 def test_rounding_is_not_an_error():

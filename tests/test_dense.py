@@ -155,6 +155,14 @@ def test_a_spectrum_of_known_eigenvalues():
             lambda: dense_moments([np.eye(2)], microbatch_size=1, batch_size=1),
             "there are 1 Hessians, and a variance needs at least 2",
         ),
+        (
+            lambda: to_dense(lambda v: v, jnp.zeros(90_000, jnp.float32)),
+            r"of 90000 parameters would take 32\.4 GB.*max_size, which is 20000",
+        ),
+        (
+            lambda: to_dense(lambda v: v, jnp.zeros(3), max_size=2),
+            "or raise max_size, which is 2",
+        ),
     ],
 )
 def test_bad_input(call, message):

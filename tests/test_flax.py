@@ -207,6 +207,22 @@ def test_a_model_without_state_needs_no_loss_args():
     assert value(optimizer, "kfac_measurements") == 2
 
 
+def test_the_state_of_an_nnx_optimizer_is_sent_to_its_own_refresh():
+    model, optimizer, learner = nnx_training(refresh_every=None)
+    params = nnx.state(model, nnx.Param)
+    for given in (optimizer, optimizer.opt_state):
+        with pytest.raises(TypeError, match=r"rmtdamp\.flax\.refresh\(optimizer, meas"):
+            rmtdamp.refresh(given, learner, params, BATCH)
+
+
+def test_a_tuple_in_a_tuple_is_pointed_out():
+    model = Model(nnx.Rngs(0))
+    loss_fn = rmtdamp.flax.curvature_loss(model, nnx_loss)
+    nested = (rmtdamp.flax.loss_args(model),)
+    with pytest.raises(ValueError, match=r"a tuple for its state: .* whole tuple"):
+        loss_fn(nnx.state(model, nnx.Param), BATCH, *nested)
+
+
 def test_a_loss_of_the_model_itself_is_sent_to_curvature_loss():
     model = Model(nnx.Rngs(0))
     tx = rmtdamp.auto_adam(1e-3, nnx_loss)

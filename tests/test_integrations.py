@@ -270,6 +270,16 @@ def test_optax_masked():
         optax.masked(auto, KERNELS).init(PARAMS)
 
 
+def test_optax_flatten():
+    """Inside, Adam sees one vector; around, the loss would."""
+    tx = rmtdamp.auto_damping(optax.flatten(adam), learner)
+    updates, _ = one_step(tx, PARAMS, tx.init(PARAMS))
+    close(updates, one_step(auto, PARAMS, auto.init(PARAMS))[0])
+    around = optax.flatten(auto)
+    with pytest.raises(TypeError):
+        one_step(around, PARAMS, around.init(PARAMS))
+
+
 def test_optax_partition():
     labels = [{"kernel": "damped", "bias": "sgd"}] * 2
     parts = {"damped": adam, "sgd": optax.sgd(0.05)}
@@ -502,6 +512,24 @@ def test_jax_shard_map():
         carry = jax.jit(step)(*carry, batch)
     # The microbatches are the same: rows i, i + 4, ... of all.
     close(carry, expected())
+
+
+@pytest.mark.parametrize("inside", ["pmap", "shard_map"])
+def test_jax_shard_map_refuses_what_is_not_tracked(inside):
+    """JAX differentiates a pmean there as if it were not there."""
+    of_all = lambda params, batch: jax.lax.pmean(loss_fn(params, batch), "data")
+    tx = rmtdamp.auto_adam(0.05, of_all)
+    update = lambda batch: tx.update(PARAMS, tx.init(PARAMS), PARAMS, batch=batch)[0]
+    if inside == "pmap":
+        shards = jax.tree.map(lambda x: jnp.reshape(x, (4, -1, *x.shape[1:])), batch)
+        step = functools.partial(jax.pmap(update, axis_name="data"), shards)
+    else:
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        split = {"in_specs": (jax.P("data"),), "out_specs": jax.P()}
+        each = jax.shard_map(update, mesh=mesh, check_vma=False, **split)
+        step = functools.partial(jax.jit(each), batch)
+    with pytest.warns(UserWarning, match=r"own shard, a pmean in the loss or not"):
+        step()
 
 
 def test_donate_argnums():

@@ -220,6 +220,112 @@ def test_what_cannot_be_tapped_stays_diagonal():
     assert len(fn.blocks) >= 5
 
 
+def linear(inputs, outputs, seed=0, **options):
+    return nnx.Linear(inputs, outputs, rngs=nnx.Rngs(seed), **options)
+
+
+class Around(nnx.Module):
+    """A model out of its parts and what is done with them."""
+
+    def __init__(self, call, **parts):
+        self.call = call
+        self.parts = nnx.Dict(parts)
+
+    def __call__(self, x):
+        return self.call(x, **self.parts)
+
+
+def tied(x, a, b):
+    del b
+    return a(jnp.tanh(a(x))) @ a.kernel[...].T
+
+
+def standardised(x, a):
+    kernel = a.kernel[...]
+    copy = nnx.clone(a)
+    copy.kernel = nnx.Param((kernel - kernel.mean(0)[None]) / kernel.std(0)[None])
+    return copy(x)
+
+
+def unrolled(x, into, again, out):
+    state = jnp.zeros((len(x), 4))
+    for place in range(3):
+        state = jnp.tanh(into(x + place) + again(state))
+    return out(state)
+
+
+SQUARE = lambda z, y: jnp.mean(jnp.sum((z - y) ** 2, axis=-1))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            lambda: Around(
+                lambda x, norm: norm(x),
+                norm=nnx.WeightNorm(linear(5, 3), rngs=nnx.Rngs(1)),
+            ),
+            "'parts/norm/layer_instance' does not multiply by its parameter",
+        ),
+        (
+            lambda: Around(
+                lambda x, norm: norm(x, update_stats=False),
+                norm=nnx.SpectralNorm(linear(5, 3), rngs=nnx.Rngs(1)),
+            ),
+            "'parts/norm/layer_instance' does not multiply by its parameter",
+        ),
+        (lambda: Around(standardised, a=linear(5, 3)), "'parts/a' does not multiply"),
+        (
+            lambda: Around(tied, a=linear(5, 5), b=linear(5, 3)),
+            "'parts/a' shares its kernel with another part",
+        ),
+    ],
+    ids=["weight norm", "spectral norm", "standardised", "tied"],
+)
+def test_a_kernel_that_is_not_the_parameter_alone_is_refused(model, message):
+    """Its factors would be those of what is multiplied, its gradient another's."""
+    model = model()
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    inputs = normal(14, 8, 5).astype(jnp.float32)
+    batch = inputs, jnp.ones_like(model(inputs))
+    fn = nnx_factors(model, SQUARE, fisher="ggn")
+    state = rmtdamp.flax.loss_args(model)
+    with pytest.raises(ValueError, match=f"{message}.*leave it to a diagonal block"):
+        fn(params, batch, jax.random.key(16), *state)
+    fn = nnx_factors(model, SQUARE, fisher="ggn", layers=())
+    fn(params, batch, jax.random.key(16), *state)
+
+
+def test_linen_weight_norm_is_refused():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.WeightNorm(nn.Dense(3, **double))(x)
+
+    model, batch = Model(), (normal(17, 4, 5), normal(18, 4, 3))
+    params = model.init(jax.random.key(19), batch[0])["params"]
+    model_fn = lambda p, x: model.apply({"params": p}, x)
+    fn = linen_factors(model_fn, SQUARE, params, batch[0], fisher="ggn")
+    with pytest.raises(ValueError, match="'Dense_0' does not multiply by its param"):
+        fn(params, batch, jax.random.key(20))
+
+
+@pytest.mark.parametrize("options", [{"dtype": jnp.bfloat16}, {}], ids=str)
+def test_a_narrowed_kernel_and_a_first_state_of_zeros_are_taken(options):
+    """Unrolled recurrences too: the first of a layer's calls may see no input."""
+    layers = {"into": (5, 4), "again": (4, 4), "out": (4, 3)}
+    model = Around(
+        unrolled,
+        **{name: linear(*shape, **options) for name, shape in layers.items()},
+    )
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    batch = normal(21, 8, 5).astype(jnp.float32), normal(22, 8, 3).astype(jnp.float32)
+    found = nnx_factors(model, SQUARE, fisher="empirical")(
+        params, batch, jax.random.key(23)
+    )
+    assert len(found.kronecker) == 3
+
+
 @pytest.mark.slow
 def test_a_layer_under_checkpoint_is_refused_with_a_way_out():
     class Model(nn.Module):
@@ -235,7 +341,7 @@ def test_a_layer_under_checkpoint_is_refused_with_a_way_out():
     model_fn = lambda p, x: model.apply({"params": p}, x)
     batch = x, jnp.arange(4) % 3
     fn = linen_factors(model_fn, cross_entropy, params, x)
-    with pytest.raises(ValueError, match=r"leave it to a diagonal block \(layers=\)"):
+    with pytest.raises(ValueError, match=r"layers inner sit inside .* \(layers=\)"):
         fn(params, batch, jax.random.key(12))
     fn = linen_factors(model_fn, cross_entropy, params, x, layers=["Dense_*"])
     assert len(fn(params, batch, jax.random.key(13)).kronecker) == 1

@@ -1,5 +1,6 @@
 """Kronecker factors against matrices that are built entry by entry."""
 
+import dataclasses
 import functools
 
 import jax
@@ -528,7 +529,7 @@ def test_a_layer_inside_a_transformation_is_refused(transform):
         model_fn=model, criterion=squared, blocks=PLACES_FN.blocks, fisher="ggn"
     )
     batch = normal(45, N, 2, 3), normal(46, N, 4)
-    with pytest.raises(ValueError, match=r"inside a transformed part"):
+    with pytest.raises(ValueError, match=r"layers dense sit inside a transformed part"):
         fn(PLACES, batch, jax.random.key(47))
     with pytest.raises(ValueError, match=r"inside a transformed part"):
         jitted(fn, PLACES, batch, jax.random.key(60))
@@ -548,6 +549,9 @@ def test_exact_curvature_of_several_outputs_is_refused():
         fisher="ggn",
     )
     with pytest.raises(ValueError, match=r"one array of outputs, and got a dict"):
+        fn(PLACES, (normal(51, N, 3), normal(52, N, 4)), jax.random.key(53))
+    fn = dataclasses.replace(fn, fisher="sampled")
+    with pytest.raises(ValueError, match=r"outputs are a dict, .* over a sample_fn"):
         fn(PLACES, (normal(51, N, 3), normal(52, N, 4)), jax.random.key(53))
 
 

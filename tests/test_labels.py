@@ -254,6 +254,12 @@ def test_dampings_of_ones_own_for_subtrees(form):
         )
         jax.tree.map(close, found, expected)
     close(optax.tree.get(state, "damping")["b"], 0.1)
+    schedules = {"a": optax.linear_schedule(0.3, 0.1, 1), "b": 0.2}
+    scheduled = rmtdamp.set_damping(adam, schedules)
+    after = scheduled.init(PARAMS)
+    _, after = scheduled.update(PARAMS, after, PARAMS)
+    _, after = scheduled.update(PARAMS, after, PARAMS)
+    close(optax.tree.get(after, "damping")["a"], 0.1)
     with pytest.raises(ValueError, match=r"damping is a tree .* each leaf of params"):
         rmtdamp.set_damping(adam, {"a": 0.1}).init(PARAMS)
     with pytest.raises(ValueError, match="damping is -1, and must be at least 0"):

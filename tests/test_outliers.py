@@ -12,6 +12,7 @@ from rmtdamp.hessian import (
     SpectralDensity,
     SplitHalfPairs,
     dataset_matvec,
+    eigh,
     eigsh,
     halves,
     hessian_matvec,
@@ -128,6 +129,12 @@ SETTINGS = {
     "scattered": scattered,
     "regression": regression,
 }
+
+
+def test_eigenpairs_of_one_batch_have_no_verdict():
+    found = eigh(np.eye(3), jnp.zeros(3))
+    with pytest.raises(TypeError, match=r"EigenPairs, .* split_half_eigsh returns"):
+        outliers(found)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 
 import benchmarks
 import rmtdamp
@@ -77,6 +78,14 @@ def public_api():
             if home.startswith(homes):
                 lines.update(described(f"{room.__name__}.{name}", value))
     return "\n".join(sorted(lines)) + "\n"
+
+
+def test_the_version_is_one():
+    root = pathlib.Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    assert rmtdamp.__version__ == project["version"]
+    assert f"\nversion: {project['version']}\n" in (root / "CITATION.cff").read_text()
+    assert f"\n## {project['version']} - " in (root / "CHANGELOG.md").read_text()
 
 
 def test_the_public_api_is_as_promised():

@@ -106,6 +106,22 @@ def test_a_quadratic_at_the_floor_is_stable_and_below_it_is_not():
     assert end(0.95) > 1e3  # not yet infinite
 
 
+@pytest.mark.parametrize("kind", [Sum, Maximum])
+def test_combinations_are_of_rules(kind):
+    for wrong in ((FLOOR, AWARE),), (FLOOR, StabilityFloor):
+        with pytest.raises(TypeError, match=f"one by one.*{kind.__name__}\\("):
+            kind(*wrong)
+    with pytest.raises(TypeError, match=f"{kind.__name__} needs at least one rule"):
+        kind()
+
+
+def test_rules_leave_no_tracer_behind():
+    tx = rmtdamp.auto_adam(1e-2, DampingLearner(loss_fn, rule=Sum(AWARE, FLOOR)))
+    state = tx.init(PARAMS)
+    with jax.check_tracer_leaks():
+        jax.jit(tx.update)(PARAMS, state, PARAMS, batch=ROWS)
+
+
 def test_ratios_norms_and_combinations_in_closed_form():
     moments = HessianMoments(0.5, 1.25, 0.4)  # d^2 = 1
     close(relative_target(moments).relative, 0.4)

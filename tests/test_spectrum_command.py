@@ -756,6 +756,21 @@ def test_a_log_has_a_line_for_a_stage_that_lasts_and_none_for_others(monkeypatch
     assert file.getvalue() == "rmtdamp: long (3 steps) ...\n"
 
 
+def test_a_log_says_how_far_a_long_stage_is(monkeypatch):
+    monkeypatch.setattr(Lines, "patience", 1e4)
+    monkeypatch.setattr(Lines, "interval", 0.05)
+    file = io.StringIO()
+    lines = Lines(file)
+    for steps in (3, None):
+        lines.stage("long", steps)
+        lines.step()  # at once: too early for a line
+        time.sleep(0.06)
+        lines.step()
+    lines.close()
+    said = "rmtdamp: long: step 2"
+    assert file.getvalue() == f"{said} of 3 ...\n{said} ...\n"
+
+
 @pytest.mark.slow
 def test_each_stage_is_announced_before_it_compiles(target, capsys, monkeypatch):
     """No stage waits in silence: what is slow has its line, here with no patience."""

@@ -113,9 +113,9 @@ class LearnedDamping(NamedTuple):
             found.append(
                 "no measurement of the damping could be used "
                 '(optax.tree.get(opt_state, "refresh_rejections")): it stays at its '
-                "floor; the Hessian is not finite, a batch holds one example, or the "
-                "rule finds no valid damping, as one that reads what it does not name "
-                "among its `needs`"
+                "floor; the Hessian is not finite or zero, a batch holds one example, "
+                "the learning rate is no positive number, or the rule finds no valid "
+                "damping, as one that reads what it does not name among its `needs`"
             )
         if (caps > 0).any():
             found.append(

@@ -133,10 +133,15 @@ def is_relative(rule: DampingRule) -> bool:
         >>> is_relative(identity_target), is_relative(MeanFraction())
         (False, True)
     """
-    found: list[Any] = []
-    jax.eval_shape(lambda: found.append(rule(Evidence())))
-    relative = getattr(found[0], "relative", 0.0)
-    return not (isinstance(relative, float) and relative == 0)
+    found: list[bool] = []
+
+    def ask():
+        # Nothing that is traced leaves: JAX can be told to look for such leaks.
+        relative = getattr(rule(Evidence()), "relative", 0.0)
+        found.append(not (isinstance(relative, float) and relative == 0))
+
+    jax.eval_shape(ask)
+    return found[0]
 
 
 def identity_target(moments: HessianMoments | Evidence) -> Shrinkage:
@@ -466,6 +471,9 @@ class Sum:
     Args:
         *rules: of one unit; what two of them need is measured once.
 
+    Raises:
+        TypeError: one of them is no rule, or there is none.
+
     Example:
         >>> from rmtdamp.damping import Evidence, GradientNorm, MeanFraction, Sum
         >>> rule = Sum(GradientNorm(0.5), MeanFraction(0.1))
@@ -477,6 +485,15 @@ class Sum:
     rules: tuple[DampingRule, ...]
 
     def __init__(self, *rules: DampingRule):
+        for rule in rules:
+            if not callable(rule) or isinstance(rule, type):
+                raise TypeError(
+                    f"a rule is {rule!r}: hand over rules one by one, each a function "
+                    f"or an instance, {type(self).__name__}(identity_target, "
+                    "StabilityFloor())"
+                )
+        if not rules:
+            raise TypeError(f"{type(self).__name__} needs at least one rule")
         object.__setattr__(self, "rules", rules)
 
     @property
@@ -504,6 +521,9 @@ class Maximum(Sum):
 
     Args:
         *rules: of one unit; what two of them need is measured once.
+
+    Raises:
+        TypeError: one of them is no rule, or there is none.
 
     Example:
         >>> from rmtdamp.damping import Evidence, GradientNorm, Maximum

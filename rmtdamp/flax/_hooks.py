@@ -27,7 +27,8 @@ def taped_dot_general(tape: Tape, name: str, dot_general: Callable | None) -> Ca
         outputs = dot_general(lhs, rhs, dimension_numbers, *args, **kwargs)
         contracted = len(dimension_numbers[0][0])
         features = math.prod(lhs.shape[lhs.ndim - contracted :])
-        return tape.linear(name, jnp.reshape(lhs, (-1, features)), outputs)
+        rows = jnp.reshape(lhs, (-1, features))
+        return tape.linear(name, rows, outputs, kernel=rhs)
 
     return taped
 
@@ -68,6 +69,7 @@ def taped_convolution(tape: Tape, name: str, convolution: Callable | None) -> Ca
             input_dilation=lhs_dilation,
             kernel_dilation=rhs_dilation,
             groups=feature_group_count,
+            kernel=rhs,
         )
 
     return taped

@@ -35,6 +35,12 @@ def state_of(rest: nnx.State, given: tuple, who: str) -> Any:
     Raises:
         ValueError: there is state, and none or too much was given.
     """
+    if len(given) == 1 and isinstance(given[0], tuple):
+        raise ValueError(
+            f"{who} of an nnx model got a tuple for its state: "
+            "rmtdamp.flax.loss_args(model) is the whole tuple, "
+            "loss_args=rmtdamp.flax.loss_args(model)"
+        )
     if len(given) == 1:
         return given[0]
     if not given and not jax.tree.leaves(rest):

@@ -254,6 +254,7 @@ def restrict(
 
     Raises:
         ValueError: no leaf is selected.
+        TypeError: `select` is neither.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -269,10 +270,22 @@ def restrict(
     paths = [keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     if callable(select):
         chosen = select
+    elif not isinstance(select, str):
+        raise TypeError(
+            f"select is a {type(select).__name__}: hand over a part of a path, such as "
+            f"{paths[0]!r}, or a function of a path, lambda path: path in [...]"
+        )
     elif any(select in path for path in paths):
         chosen = lambda path: select in path
     else:
-        chosen = lambda path: bool(re.search(select, path))
+        try:
+            pattern = re.compile(select)
+        except re.error as error:
+            raise ValueError(
+                f"select is {select!r}, which no path of params has and which is no "
+                f"regular expression ({error}): choose from {', '.join(paths[:8])}"
+            ) from error
+        chosen = lambda path: bool(pattern.search(path))
     part = jax.tree_util.tree_map_with_path(
         lambda path, x: x if chosen(keystr(path)) else None, params
     )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmtdamp._checks import check_scalar
-from rmtdamp._tree import check_params, num_examples
+from rmtdamp._tree import check_params, num_examples, random_like, scattered
 from rmtdamp._types import Batch, LossFn, Params
 
 # One program for the rows of each number, wherever they stand.
@@ -33,7 +33,8 @@ def check_loss(
     - the mean over two halves must be the loss of both together (a sum gives half; so
       do batch statistics or weights normalised over the batch give something else).
 
-    Evaluating the same batch twice would show neither.
+    Evaluating the same batch twice would show neither. Where the loss is next to zero,
+    as a policy gradient's at its start, a slope of it is compared.
 
     Args:
         loss_fn: `loss_fn(params, batch, *loss_args) -> scalar`.
@@ -67,37 +68,53 @@ def check_loss(
     check_scalar(loss_fn, params, batch, loss_args)
     half = count // 2
     places = np.arange(count, dtype=np.int32)
-    loss = lambda part: float(loss_fn(params, _rows(batch, places[part]), *loss_args))
+    value = lambda part: float(loss_fn(params, _rows(batch, places[part]), *loss_args))
 
-    whole = loss(slice(0, 2 * half))
+    whole = value(slice(0, 2 * half))
     if not math.isfinite(whole):
         raise ValueError(
             f"loss_fn gives {whole} on this batch: a curvature measured here would not "
             "be finite; check the data and the learning rate"
         )
+    single = [slice(i, i + 1) for i in range(min(count, 8))]
+    loss, what = value, ""
+    if abs(whole) <= 1e-3 * max(map(abs, map(value, single)), default=0):
+        # Nothing is a sum or a mean of zeros; they have slopes.
+        along = random_like(jax.random.key(0), params, scattered)
+        slope = jax.jit(
+            lambda p, part: jax.jvp(
+                lambda p: loss_fn(p, part, *loss_args), (p,), (along,)
+            )[1]
+        )
+        loss = lambda part: float(slope(params, _rows(batch, places[part])))
+        what, whole = "'s slope", loss(slice(0, 2 * half))
     reverse = loss(slice(2 * half - 1, None, -1))
     halves = (loss(slice(0, half)) + loss(slice(half, 2 * half))) / 2
     # Rounding is relative to the losses that are summed, not to a mean of both signs:
     # single examples give their size, and sixteen epsilons leave room for the sum.
     dtype = jax.eval_shape(loss_fn, params, batch, *loss_args).dtype
-    each = [abs(loss(slice(i, i + 1))) for i in range(min(count, 8))]
+    each = [abs(loss(part)) for part in single]
     allowed = rtol + 16 * float(jnp.finfo(dtype).eps)
     differs = lambda a: abs(a - whole) > allowed * max(abs(whole), abs(a), *each)
     if differs(reverse):
         raise ValueError(
-            f"loss_fn depends on the order of the examples ({whole:.6g}, reversed "
-            f"{reverse:.6g}): dropout or augmentation is left on; measure curvature in "
-            "evaluation mode"
+            f"loss_fn{what} depends on the order of the examples ({whole:.6g}, "
+            f"reversed {reverse:.6g}): dropout or augmentation is left on, where "
+            "curvature is measured in evaluation mode; a loss that draws by nature (a "
+            "variational or diffusion model) takes a key for each example, in the "
+            "batch; examples are along the first axis"
         )
     if differs(halves):
         if abs(2 * halves - whole) <= allowed * abs(whole):
             raise ValueError(
-                f"loss_fn sums over the batch: {whole:.6g} for {2 * half} examples, "
-                f"{halves:.6g} on average for {half}; return the mean, jnp.mean(losses)"
+                f"loss_fn{what} sums over the batch: {whole:.6g} for {2 * half} "
+                f"examples, {halves:.6g} on average for {half}; return the mean, "
+                "jnp.mean(losses)"
             )
         raise ValueError(
-            f"loss_fn is not a mean over examples: {whole:.6g} for {2 * half} of them, "
-            f"{halves:.6g} on average for their halves. Batch statistics (BatchNorm in "
-            "training mode: use the running averages) or weights normalised over the "
-            "batch (a mean over tokens: divide by a constant) couple the examples"
+            f"loss_fn{what} is not a mean over examples: {whole:.6g} for {2 * half} of "
+            f"them, {halves:.6g} on average for their halves. Batch statistics "
+            "(BatchNorm in training mode: use the running averages) or weights "
+            "normalised over the batch (a mean over tokens: divide by a constant) "
+            "couple the examples"
         )

@@ -45,7 +45,7 @@ def _columns(matvec, like, first, count: int):
     return jax.vmap(one)(units.astype(accumulation_dtype(like)))
 
 
-def to_dense(matvec: Matvec, like: Params) -> np.ndarray:
+def to_dense(matvec: Matvec, like: Params, *, max_size: int = 20_000) -> np.ndarray:
     r"""The matrix of a matvec, from its products with the P unit vectors. Eager.
 
     Cost: P products, 128 in one compiled call (a data set's: one by one). Memory: P^2
@@ -54,12 +54,14 @@ def to_dense(matvec: Matvec, like: Params) -> np.ndarray:
     Args:
         matvec: v -> A v, from `hessian_matvec` or any function of pytrees.
         like: pytree of P real floating numbers, for structure, shapes and dtypes.
+        max_size: the largest P that is taken; at 20,000 the matrix has 1.6 GB.
 
     Returns:
         A, shape (P, P), in float32 or the dtype of `like` if wider, on the host.
 
     Raises:
         TypeError: `like` holds anything but real floating arrays.
+        ValueError: P is above `max_size`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -74,6 +76,13 @@ def to_dense(matvec: Matvec, like: Params) -> np.ndarray:
     """
     check_params(like)
     p = size(like)
+    if p > max_size:
+        memory = p**2 * accumulation_dtype(like).itemsize / 1e9
+        raise ValueError(
+            f"the matrix of {p} parameters would take {memory:.3g} GB and as many "
+            "products: take eigsh, spectral_density or trace, restrict to a layer "
+            f"(rmtdamp.hessian.restrict), or raise max_size, which is {max_size}"
+        )
     if isinstance(matvec, HostMatvec):
         columns = [
             _flat_jitted(matvec(_tree_jitted(unit, like)), like)[None]

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rmtdamp._checks import check_outputs, check_scalar, pair
+from rmtdamp._checks import check_loss_args, check_outputs, check_scalar, pair
 from rmtdamp._jax import matmul_precision
 from rmtdamp._tree import aligned, check_params
 from rmtdamp._types import Batch, Criterion, Key, Matvec, ModelFn, Params, SampleFn
@@ -111,6 +111,7 @@ def ggn_matvec(
         method, 2014, section 8.
     """
     check_params(params)
+    check_loss_args(loss_args)
     inputs, targets = pair(batch)
     outputs, model = _linearize_model(model_fn, params, inputs, loss_args, precision)
     check_scalar(criterion, outputs, targets, ())
@@ -187,6 +188,7 @@ def fisher_matvec(
         Fisher approximation, 2019.
     """
     check_params(params)
+    check_loss_args(loss_args)
     inputs, targets = pair(batch)
     if (key is None) != (sample_fn is None):
         raise ValueError(

@@ -54,7 +54,9 @@ class EigenPairs(NamedTuple):
     """
 
     eigenvalues: jax.Array  # (k,), theta
-    eigenvectors: Params  # leading axis k, x of unit norm
+    # Stacked, a pytree whose leaves have a leading axis k; of unit norm. The first is
+    # jax.tree.map(lambda x: x[0], pairs.eigenvectors).
+    eigenvectors: Params
     residuals: jax.Array  # (k,), ||A x - theta x||: an eigenvalue lies this near
     num_products: int  # products spent
 

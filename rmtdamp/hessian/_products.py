@@ -21,7 +21,14 @@ import jax
 import jax.numpy as jnp
 
 from rmtdamp._basis import magnitude
-from rmtdamp._checks import DIFFERENCE, FORWARD, REVERSE, check_mode, check_scalar
+from rmtdamp._checks import (
+    DIFFERENCE,
+    FORWARD,
+    REVERSE,
+    check_loss_args,
+    check_mode,
+    check_scalar,
+)
 from rmtdamp._jax import coarsest_epsilon, matmul_precision
 from rmtdamp._tree import accumulation_dtype, aligned, check_params, norm, size
 from rmtdamp._types import Batch, LossFn, Matvec, Mode, Params
@@ -207,6 +214,7 @@ def hvp(
         [1. 4.]
     """
     check_params(params)
+    check_loss_args(loss_args)
     check_mode(mode)
     vector = aligned(vector, params)
     return _hvp(loss_fn, params, batch, vector, loss_args, precision, mode)
@@ -274,6 +282,7 @@ def hessian_matvec(
         [1. 0.] [0. 4.]
     """
     check_params(params)
+    check_loss_args(loss_args)
     check_mode(mode)
     product = _linearize(loss_fn, params, batch, loss_args, precision, mode)
     return jax.tree_util.Partial(_apply, product, params)

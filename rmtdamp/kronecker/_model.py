@@ -13,7 +13,8 @@ Gradients are those of an example's own loss, N times the mean loss's.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections import Counter
 from typing import Any, Literal, Protocol, get_args
 
 import jax
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmtdamp._checks import check_choice, check_outputs, check_range, check_scalar, pair
-from rmtdamp._jax import is_traced, matmul_precision
+from rmtdamp._jax import depends, is_traced, matmul_precision
 from rmtdamp._tree import accumulation_dtype, check_params, num_examples
 from rmtdamp._types import Batch, Criterion, Key, ModelFn, Params, SampleFn
 
@@ -217,9 +218,19 @@ class ModelFactors:
             outputs = self.model_fn(params, inputs, tape, *loss_args)
             return outputs, tape.calls
 
-        taps = _zeros_like_outputs(
-            lambda *model_args: run(None, *model_args)[1], params, inputs, loss_args
-        )
+        def seen(names, params, inputs, loss_args):
+            tape = Tape()
+            self.model_fn(params, inputs, tape, *loss_args)
+            # An operation, as JAX lets foreign tracers pass that nothing is done with.
+            of = lambda found: {
+                name: [x[None] for x in values]
+                for name, values in found.items()
+                if names is None or name in names
+            }
+            outputs = {k: [y for _, y in pairs] for k, pairs in tape.calls.items()}
+            return of(outputs), of(tape.kernels)
+
+        taps = _zeros_like_outputs(seen, self.blocks, params, inputs, loss_args)
         outputs, pull, calls = jax.vjp(run, taps, has_aux=True)
         return outputs, calls, lambda direction: pull(direction)[0]
 
@@ -352,58 +363,109 @@ class ModelFactors:
         return tuple(squares), {}
 
 
-def _zeros_like_outputs(calls_fn, *arguments):
-    """Zeros for each call of a layer; refuses layers inside transformed functions.
+def _zeros_like_outputs(seen, blocks, params, inputs, loss_args):
+    """Zeros for each call of a layer, whose place in the model is looked at first.
+
+    Args:
+        seen: (names or None, params, inputs, loss_args) -> outputs and kernels by name.
+        blocks: of the params.
+        params: pytree of arrays.
+        inputs: of the model.
+        loss_args: further arguments of the model.
 
     Returns:
         Per layer a list of arrays.
 
     Raises:
-        ValueError: a layer's outputs belong to the inside of a scan, vmap, ...
+        ValueError: a layer's outputs belong to the inside of a scan, vmap, ..., or do
+            not depend on the inputs, or its kernel is not its parameter.
     """
-    outputs = lambda *args: {
-        # An operation, as JAX lets foreign tracers pass that nothing is done with.
-        name: [y[None] for _, y in calls]
-        for name, calls in calls_fn(*args).items()
-    }
-    hint = (
-        "a layer sits inside a transformed part of the model (scan, vmap, jit, "
-        "checkpoint), from which its inputs cannot be handed out: leave it to a "
-        "diagonal block (layers=)"
-    )
-    try:
-        traced, shapes = jax.make_jaxpr(outputs, return_shape=True)(*arguments)
-    except jax.errors.UnexpectedTracerError as error:
-        raise ValueError(hint) from error
-    if is_traced(traced.consts):  # what came from neither arguments nor constants
-        raise ValueError(hint)
-    params, inputs, _ = arguments
+
+    def trace(names):
+        look = jax.make_jaxpr(functools.partial(seen, names), return_shape=True)
+        try:
+            traced, found = look(params, inputs, loss_args)
+        except jax.errors.UnexpectedTracerError:
+            return None
+        # What came from neither arguments nor constants.
+        return None if is_traced(traced.consts) else (traced.jaxpr, *found)
+
+    whole = trace(None)
+    if whole is None:
+        named = [block.name for block in blocks if block.groups]
+        inside = [name for name in named if trace({name}) is None]
+        raise ValueError(
+            f"layers {', '.join(inside or named)} sit inside a transformed part of the "
+            "model (scan, vmap, jit, checkpoint), from which their inputs cannot be "
+            "handed out: leave them to diagonal blocks (layers=)"
+        )
+    jaxpr, outputs, kernels = whole
     first = len(jax.tree.leaves(params))
-    follows = _dependence(traced.jaxpr, first, first + len(jax.tree.leaves(inputs)))
-    calls = jax.tree_util.tree_leaves_with_path(shapes)
-    for ((name, *_), y), depends in zip(calls, follows, strict=True):
+    last = first + len(jax.tree.leaves(inputs))
+    follows = depends(jaxpr, jaxpr.invars[first:last])
+    for name, calls in outputs.items():
+        # A state of zeros is none of the inputs, at a layer's first call of several.
+        of_calls = [next(follows) for _ in calls]
+        shape = calls[0].shape
         # Rows for each example may be there without depending on it (positions
         # spread over the batch); the axis of a tap came first.
-        spread = len(y.shape) > 3 and y.shape[1] == num_examples(inputs)
-        if not depends and not spread:
+        spread = len(shape) > 3 and shape[1] == num_examples(inputs)
+        if not any(of_calls) and not spread:
             raise ValueError(
-                f"layer {name.key!r} has outputs of shape {y.shape[1:]} that do not "
+                f"layer {name!r} has outputs of shape {shape[1:]} that do not "
                 "depend on the inputs, such as an embedding of positions: the "
                 "examples share them, so their gradients cannot be told apart; leave "
                 "it to a diagonal block (layers=, embeddings=)"
             )
-    return jax.tree.map(lambda y: jnp.zeros(y.shape[1:], y.dtype), shapes)
+    sources, uses = _sources(jaxpr)
+    shown = iter(sources[-len(jax.tree.leaves(kernels)) :])
+    own = {block.name: [jaxpr.invars[i] for i in block.leaves] for block in blocks}
+    for name, calls in kernels.items():
+        of_calls = [next(shown) for _ in calls]
+        if any(x is not None and x not in own[name] for x in of_calls):
+            raise ValueError(
+                f"layer {name!r} does not multiply by its parameter, but by what is "
+                "computed from it (WeightNorm, SpectralNorm, weight standardisation), "
+                "whose factors are not the parameter's: leave it to a diagonal block "
+                "(layers=)"
+            )
+        if None not in of_calls and uses[of_calls[0]] > len(calls):
+            raise ValueError(
+                f"layer {name!r} shares its kernel with another part of the model "
+                "(tied weights), whose curvature its Kronecker block would miss: leave "
+                "it to a diagonal block (layers=)"
+            )
+    return jax.tree.map(lambda y: jnp.zeros(y.shape[1:], y.dtype), outputs)
 
 
-def _dependence(jaxpr, first: int, last: int) -> Iterator[bool]:
-    """For each output, whether it depends on the arguments from `first` to `last`."""
-    known = set(jaxpr.invars[first:last])
+# What leaves an array's numbers as they are.
+_SAME = {"convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim"}
+_SAME |= {"copy", "sharding_constraint", "reshard", "pvary"}
+
+
+def _sources(jaxpr) -> tuple[list, Counter]:
+    """For each output, the variable whose numbers it has; None where nobody can tell.
+
+    Returns:
+        Variables, arguments among them; and how many operations use the numbers of
+        each.
+    """
+    made = {x: equation for equation in jaxpr.eqns for x in equation.outvars}
+
+    def source(x):
+        while not hasattr(x, "val") and x in made:
+            equation = made[x]
+            if equation.primitive.name not in _SAME:
+                calls = any(hasattr(p, "jaxpr") for p in equation.params.values())
+                return None if calls else x
+            x = equation.invars[0]
+        return None if hasattr(x, "val") else x
+
+    uses = Counter()
     for equation in jaxpr.eqns:
-        # Literals cannot be hashed, and depend on nothing.
-        names = (x for x in equation.invars if not hasattr(x, "val"))
-        if not known.isdisjoint(names):
-            known.update(equation.outvars)
-    return (not hasattr(x, "val") and x in known for x in jaxpr.outvars)
+        if equation.primitive.name not in _SAME:
+            uses.update({source(x) for x in equation.invars})
+    return [source(x) for x in jaxpr.outvars], uses
 
 
 def _each(pull, directions):
@@ -441,7 +503,13 @@ def _hessian_roots(criterion, outputs, targets, count):
 
 
 def _check_logits(outputs) -> None:
-    """Refuse outputs of one column, among which there is nothing to draw."""
+    """Refuse several outputs, and those of one column: there is nothing to draw."""
+    if not isinstance(outputs, jax.Array):
+        raise ValueError(
+            f"model_fn's outputs are a {type(outputs).__name__}, and labels are drawn "
+            "from one array of logits: hand over a sample_fn(key, outputs) that draws "
+            "targets like the batch's, or take fisher='empirical'"
+        )
     shapes = [jnp.shape(x) for x in jax.tree.leaves(outputs)]
     if any(shape[-1] == 1 for shape in shapes):
         raise ValueError(

@@ -34,8 +34,17 @@ class Tape:
         self.taps: dict[str, list[jax.Array]] | None = taps
         self.keep: bool = keep
         self.calls: dict[str, list[tuple[jax.Array, jax.Array]]] = {}
+        # What inputs were multiplied with, where it was shown.
+        self.kernels: dict[str, list[jax.Array]] = {}
 
-    def linear(self, name: str, inputs: jax.Array, outputs: jax.Array) -> jax.Array:
+    def linear(
+        self,
+        name: str,
+        inputs: jax.Array,
+        outputs: jax.Array,
+        *,
+        kernel: jax.Array | None = None,
+    ) -> jax.Array:
         """A layer whose kernel acts on the last axis of `inputs`.
 
         Args:
@@ -43,6 +52,9 @@ class Tape:
             inputs: (N, ..., features); the examples may be folded with axes that
                 follow, (N * T, features).
             outputs: of the layer, before or after its bias.
+            kernel: that the inputs were multiplied with, to be held against the
+                layer's parameter: a kernel that is computed from it, as weight
+                normalisation does, has other factors.
 
         Returns:
             `outputs`, tapped.
@@ -50,7 +62,7 @@ class Tape:
         if not self.keep:
             return outputs
         rows = jnp.reshape(inputs, (-1, 1, inputs.shape[-1]))
-        return self._add(name, rows, outputs)
+        return self._add(name, rows, outputs, kernel)
 
     def embedding(self, name: str, indices: jax.Array, outputs: jax.Array) -> jax.Array:
         """A table of embeddings, whose rows are looked up.
@@ -79,8 +91,11 @@ class Tape:
         input_dilation: tuple[int, ...] | None = None,
         kernel_dilation: tuple[int, ...] | None = None,
         groups: int = 1,
+        kernel: jax.Array | None = None,
     ) -> jax.Array:
         """A convolution, channels last; arguments as `jax.lax.conv_general_dilated`.
+
+        `kernel` is as for `linear`.
 
         Returns:
             `outputs`, tapped.
@@ -97,11 +112,13 @@ class Tape:
             groups=groups,
         )
         rows = jnp.reshape(patches, (-1, *patches.shape[2:]))
-        return self._add(name, rows, outputs)
+        return self._add(name, rows, outputs, kernel)
 
-    def _add(self, name, rows, outputs):
+    def _add(self, name, rows, outputs, kernel=None):
         calls = self.calls.setdefault(name, [])
         calls.append((rows, outputs))
+        if kernel is not None:
+            self.kernels.setdefault(name, []).append(kernel)
         if len(calls) > 1 and outputs.shape != calls[0][1].shape:
             raise ValueError(
                 f"layer {name!r} is called twice with different shapes, its outputs "

@@ -1,6 +1,7 @@
 """Who is told how far `measure` is: nobody, a terminal, or a log."""
 
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
@@ -39,19 +40,30 @@ class Bars(Watch):
 
 
 class Lines(Watch):
-    """In a log: a line for each stage that has lasted for some seconds."""
+    """In a log: a line for each stage that lasts for some seconds, then more."""
 
     patience = 3.0  # seconds
+    interval = 10.0  # seconds between two lines of a stage, at least
 
     def __init__(self, file: TextIO):
         self._file, self._timer = file, None
+        self._name, self._steps, self._done, self._said = "", None, 0, 0.0
 
     def stage(self, name, steps=None):
         self.close()
+        self._name, self._steps, self._done = name, steps, 0
+        self._said = time.monotonic()
         count = f" ({steps} steps)" if steps else ""
         self._timer = threading.Timer(self.patience, self._say, [f"{name}{count}"])
         self._timer.daemon = True
         self._timer.start()
+
+    def step(self):
+        self._done += 1
+        if time.monotonic() - self._said >= self.interval:
+            self._said = time.monotonic()
+            of = f" of {self._steps}" if self._steps else ""
+            self._say(f"{self._name}: step {self._done}{of}")
 
     def close(self) -> None:
         """Nothing more to say."""

@@ -17,7 +17,7 @@ import optax
 from rmtdamp._checks import check_choice
 from rmtdamp._tree import mean, norm, size
 
-from ._optimiser import check_one, is_one
+from ._optimiser import by_learning_rate, check_damping, check_one, is_one
 
 Form = Literal["damping", "shrinkage", "length", "avagrad"]
 
@@ -92,8 +92,9 @@ def with_damping(
         known = ", ".join(x for x in signature.parameters if x not in _NO_DAMPING)
         raise TypeError(
             f"{getattr(factory, '__name__', factory)} has no damping {argument!r}: "
-            f"choose from {known or 'nothing'}, what stands beside its curvature; one "
-            "that divides by none, as sgd and lion, has no damping to learn"
+            + (f"name what stands beside its curvature, of {known}; " if known else "")
+            + "an optimiser that divides by no curvature, as sgd and lion, has no "
+            "damping to learn"
         )
 
     @functools.wraps(factory)
@@ -183,7 +184,7 @@ def scale_by_adam_shrinkage(
         when the damping comes from around it.
 
     Raises:
-        ValueError: an unknown `form`.
+        ValueError: an unknown `form`, or a negative damping.
 
     Example:
         >>> import jax.numpy as jnp
@@ -200,6 +201,7 @@ def scale_by_adam_shrinkage(
         AvaGrad, which takes v of the step before.
     """
     check_choice("form", form, get_args(Form))
+    check_damping(damping)
 
     def adam(eps):
         return optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
@@ -244,7 +246,9 @@ def scale_by_adam_shrinkage(
         **extra_args,
     ):
         if damping is None:
-            damping = fallback(state.count) if callable(fallback) else fallback
+            damping = fallback
+            if callable(fallback):
+                damping = jnp.maximum(fallback(state.count), 0)
         if damping_target is None:
             damping_target = jax.tree.map(lambda _: fallback_target, damping)
         per_leaf = lambda x: jax.tree.map(lambda _: x, updates) if is_one(x) else x
@@ -314,7 +318,7 @@ def adam_shrinkage(
         A gradient transformation.
 
     Raises:
-        ValueError: an unknown `form`.
+        ValueError: an unknown `form`, a negative damping or learning rate.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -343,7 +347,7 @@ def adam_shrinkage(
             form=form,
             target=target,
         ),
-        optax.scale_by_learning_rate(learning_rate),
+        by_learning_rate(learning_rate),
     )
 
 
@@ -380,7 +384,7 @@ def adamw_shrinkage(
         A gradient transformation.
 
     Raises:
-        ValueError: an unknown `form`.
+        ValueError: an unknown `form`, a negative damping or learning rate.
 
     Example:
         >>> import jax.numpy as jnp
@@ -405,5 +409,5 @@ def adamw_shrinkage(
             target=target,
         ),
         optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        by_learning_rate(learning_rate),
     )

@@ -6,12 +6,14 @@ import jax
 import numpy as np
 import optax
 
+from rmtdamp._jax import is_traced
 from rmtdamp._types import LossFn
 from rmtdamp.damping import StabilityFloor
 
 from ._adam import Form, scale_by_adam_shrinkage
 from ._damping import auto_damping
 from ._learner import DampingLearner
+from ._optimiser import by_learning_rate
 
 
 def auto_adam(
@@ -54,7 +56,8 @@ def auto_adam(
 
     Raises:
         ValueError: a number out of its range, a stability floor for another momentum
-            than this Adam's; see `auto_damping` for `update`.
+            than this Adam's, a traced `b1` without a learner; see `auto_damping` for
+            `update`.
         TypeError: `learner` is neither.
 
     Example:
@@ -72,6 +75,12 @@ def auto_adam(
         Granziol and Baskerville, sections 7.3 and 8.
     """
     if not isinstance(learner, DampingLearner):
+        if is_traced(b1):
+            raise ValueError(
+                "b1 is traced, as under optax.inject_hyperparams, and the default rule "
+                "needs its number: name 'b1' among static_args, or hand over a "
+                "DampingLearner(loss_fn, rule=StabilityFloor.for_adam(0.9), floor=1e-8)"
+            )
         rule = StabilityFloor.for_adam(float(np.asarray(b1)))
         learner = DampingLearner(learner, rule=rule, floor=1e-8)
     rule, known = learner.rule, isinstance(b1, int | float)
@@ -88,5 +97,5 @@ def auto_adam(
             adam, learner, refresh_every=refresh_every, learning_rate=learning_rate
         ),
         optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        by_learning_rate(learning_rate),
     )

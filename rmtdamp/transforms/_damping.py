@@ -7,6 +7,7 @@ extra arguments `damping` and `damping_target` of `update`. There is one in a ch
 import dataclasses
 import functools
 import inspect
+import warnings
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -14,8 +15,9 @@ import jax.numpy as jnp
 import optax
 
 from rmtdamp._checks import check_every, check_range
+from rmtdamp._jax import depends
 from rmtdamp._parts import Parts, spread_prefix
-from rmtdamp._tree import accumulation_dtype, aligned, scale, vdot
+from rmtdamp._tree import accumulation_dtype, aligned, leaf_names, scale, vdot
 from rmtdamp._types import LossFn
 from rmtdamp.damping import (
     MEASURED,
@@ -82,6 +84,12 @@ _IGNORES = (
 
 
 def _taking_damping(inner) -> optax.GradientTransformationExtraArgs:
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        name = getattr(inner, "__name__", type(inner).__name__)
+        raise TypeError(
+            f"inner is {name}, and no gradient transformation: a function that makes "
+            "one is called with its arguments first, with_damping(optax.adam)(1e-3)"
+        )
     # Asked of its signature: `_may_use` cannot trace every update.
     parameters = inspect.signature(inner.update).parameters.values()
     takes = any(x.name == "damping" or x.kind is x.VAR_KEYWORD for x in parameters)
@@ -107,6 +115,13 @@ def _init_inside(inner, params, needed=frozenset(), argument="damping"):
         )
     if not _may_use("damping", inner, state, params):
         raise ValueError(_IGNORES)
+    if needed & MEASURED and (still := _unmoved(inner, state, params)):
+        warnings.warn(
+            f"the transformation inside never moves {still}, whose curvature decides "
+            "on the damping of all: leave what is frozen out of params, and hand it to "
+            "the loss through loss_args (wrt= in rmtdamp.flax)",
+            stacklevel=3,
+        )
     if "effective_eigenvalue" in needed and not _gives_products(inner, state, params):
         raise ValueError(
             "the rule looks at the curvature that the preconditioner leaves, and the "
@@ -132,6 +147,21 @@ def _may_use(argument, inner, state, params) -> bool:
     if not traced.outvars or not jax.tree.leaves(params):
         return True
     return any(damping is x for equation in traced.eqns for x in equation.invars)
+
+
+def _unmoved(inner, state, params) -> str:
+    """The leaves whose updates are known to be constants, in words; or nothing."""
+    one = jnp.ones(())
+    update = lambda *given: inner.update(*given, damping=one, damping_target=one)[0]
+    try:
+        jaxpr = jax.make_jaxpr(update)(params, state, params).jaxpr
+    except Exception:  # one that needs more arguments, or `init` with placeholders
+        return ""
+    follows = depends(jaxpr, jaxpr.invars)
+    names = zip(leaf_names(params), follows, strict=True)
+    still = [name for name, moves in names if not moves]
+    more = f" and {len(still) - 2} more" if len(still) > 2 else ""
+    return ", ".join(still[:2]) + more
 
 
 def _gives_products(inner, state, params) -> bool:
@@ -451,7 +481,11 @@ def set_damping(
     inner = _taking_damping(inner)
 
     def at(count):
-        return damping(count) if callable(damping) else damping
+        # A damping below 0 is none: a schedule's counts as 0.
+        value = lambda x: (
+            jax.tree.map(lambda y: jnp.maximum(y, 0), x(count)) if callable(x) else x
+        )
+        return jax.tree.map(value, damping)
 
     def init(params):
         dtype = accumulation_dtype(params)

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rmtdamp._checks import check_loss_args
 from rmtdamp._jax import is_traced
+from rmtdamp._sharding import in_unchecked_shards
 from rmtdamp._tree import check_params, num_examples
 from rmtdamp._types import Batch, Params
 
@@ -170,6 +172,15 @@ def _context(
         )
     check_whole(params, name)
     check_params(params)
+    check_loss_args(loss_args)
+    if in_unchecked_shards(params, batch, grads):
+        warnings.warn(
+            f"{name} is inside pmap or shard_map(check_vma=False), where each device "
+            "measures its own shard, a pmean in the loss or not, and replicas drift "
+            "apart: take jit with shardings, or shard_map as it comes, "
+            "check_vma=True, with a pmean in the loss",
+            stacklevel=3,
+        )
     data = batch if curvature_batch is None else curvature_batch
     if data is None:
         raise ValueError(
@@ -179,11 +190,6 @@ def _context(
             "optax.contrib.sam do)"
         )
     num_examples(data, "batch" if curvature_batch is None else "curvature_batch")
-    if not isinstance(loss_args, tuple | list):
-        raise TypeError(
-            f"loss_args is of type {type(loss_args).__name__}: hand over a tuple of "
-            "the loss's further arguments, loss_args=(x,) for a single one"
-        )
     size = num_examples(data if batch is None else batch)
     before = getattr(state, "previous_params", None)
     return Context(state.count, params, data, size, tuple(loss_args), grads, before)
@@ -349,8 +355,8 @@ def refresh(
         `opt_state` with what was measured; all else is untouched.
 
     Raises:
-        TypeError: `measurer` is none, params that are not real floats, `loss_args` that
-            are no tuple.
+        TypeError: `measurer` is none, `opt_state` is that of an `nnx.Optimizer`, params
+            that are not real floats, `loss_args` that are no tuple.
         ValueError: none or several of its states in `opt_state`, one of a learner that
             measures something else, or a bad batch.
 
@@ -373,6 +379,13 @@ def refresh(
             f"measurer is of type {type(measurer).__name__}: hand over what measures, "
             "with all its settings, as the transformation was given it (for a loss "
             "function, rmtdamp.DampingLearner(loss_fn))"
+        )
+    boxes = lambda node: hasattr(node, "get_raw_value")
+    nodes = jax.tree.leaves(opt_state, is_leaf=boxes)
+    if any(map(boxes, nodes)):
+        raise TypeError(
+            "opt_state is that of an nnx.Optimizer, whose arrays are variables: call "
+            "rmtdamp.flax.refresh(optimizer, measurer, model, batch)"
         )
     kind = measurer.state_type
     uses = lambda node: isinstance(getattr(node, "measured", None), kind)
@@ -421,6 +434,9 @@ def check_state(opt_state: optax.OptState) -> None:
         opt_state: the optimiser's state, any chain or wrapper, `nnx.Optimizer`'s too,
             or that of many runs under `vmap`.
 
+    Raises:
+        ValueError: nothing in it is measured.
+
     Example:
         >>> import jax.numpy as jnp, warnings
         >>> import rmtdamp
@@ -433,12 +449,19 @@ def check_state(opt_state: optax.OptState) -> None:
         >>> print(str(caught[0].message)[:50])
         rmtdamp: the loss of a batch is not the mean of it
     """
+    given = opt_state
     # Flax's nnx keeps every array of a state in a variable.
     boxed = lambda x: hasattr(x, "get_raw_value")
     bare = lambda x: x.get_raw_value() if boxed(x) else x
     opt_state = jax.tree.map(bare, opt_state, is_leaf=boxed)
     nodes = []
     jax.tree.leaves(opt_state, is_leaf=lambda node: nodes.append(node) or False)
+    if not any(hasattr(node, "measured") for node in nodes):
+        raise ValueError(
+            f"opt_state, a {type(given).__name__}, holds nothing that is measured: "
+            "hand over the state of an optimiser that measures (auto_adam, "
+            "auto_damping, kfac, lanczos_newton), what its init and update return"
+        )
     for node in nodes:
         _warn(node)
         measured = getattr(node, "measured", None)

@@ -9,6 +9,22 @@ import optax
 from rmtdamp._checks import check_range
 
 
+def by_learning_rate(
+    learning_rate: optax.ScalarOrSchedule,
+) -> optax.GradientTransformation:
+    """`optax.scale_by_learning_rate`, which takes any number.
+
+    Returns:
+        The transformation.
+
+    Raises:
+        ValueError: a Python number below 0, or NaN.
+        TypeError: a string.
+    """
+    check_range("learning_rate", learning_rate, lambda x: x >= 0, "at least 0")
+    return optax.scale_by_learning_rate(learning_rate)
+
+
 def check_damping(damping: Any) -> None:
     """Refuse a negative Python number.
 
@@ -23,6 +39,8 @@ def damping_in_force(
 ) -> jax.Array:
     """The damping handed in from outside, or the constructor's number or schedule.
 
+    A schedule that falls below 0 counts as 0.
+
     Returns:
         A scalar of `dtype`.
 
@@ -32,7 +50,7 @@ def damping_in_force(
     check_damping(given)
     check_one(name, given)
     if given is None:
-        given = own(count) if callable(own) else own
+        given = jnp.maximum(own(count), 0) if callable(own) else own
     if given is None:
         raise ValueError(
             f"{name} needs a damping: damping=... in its constructor, set_damping or "
@@ -83,5 +101,5 @@ def optimiser(
         optax.identity() if momentum is None else optax.trace(momentum, nesterov),
         # It asks for params, which a transformation without decay does without.
         optax.add_decayed_weights(weight_decay, mask) if decays else optax.identity(),
-        optax.scale_by_learning_rate(learning_rate),
+        by_learning_rate(learning_rate),
     )
