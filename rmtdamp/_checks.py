@@ -69,6 +69,22 @@ def check_every(name: str, every: Any, *, or_never: bool = False) -> None:
         )
 
 
+def refuse_one_batch(batches: Any) -> None:
+    """Refuse a pair (inputs, targets), which would be read as two batches.
+
+    Raises:
+        ValueError: `batches` is a tuple of unlike arrays.
+    """
+    if isinstance(batches, tuple) and all(hasattr(x, "shape") for x in batches):
+        kinds = {(len(x.shape), str(x.dtype)) for x in batches}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"batches is a tuple of arrays of shapes {[x.shape for x in batches]}, "
+                "which looks like one batch: hand over a list of batches, "
+                "[(inputs, targets)] for a single one"
+            )
+
+
 def check_loss_args(loss_args: Any) -> None:
     """Refuse further arguments of a loss that are not in a tuple.
 

@@ -69,6 +69,7 @@ def stable_learning_rate(
 
     Raises:
         ValueError: momentum outside [0, 1).
+        TypeError: a tuple for the eigenvalue.
 
     Example:
         >>> from rmtdamp.stability import stable_learning_rate
@@ -83,6 +84,11 @@ def stable_learning_rate(
     """
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum is {momentum}, and must lie in [0, 1)")
+    if isinstance(max_eigenvalue, tuple):
+        raise TypeError(
+            f"max_eigenvalue is {type(max_eigenvalue).__name__}, a tuple: hand over "
+            "its number, largest_eigenvalue(...).value"
+        )
     factor = (1 + momentum) / (1 - momentum) if averaged else 1 + momentum
     eigenvalue = jnp.asarray(max_eigenvalue)
     positive = eigenvalue > 0

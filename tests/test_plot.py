@@ -244,6 +244,10 @@ def test_bad_input():
     spectrum = semicircle()
     with pytest.raises(ValueError, match=r"linear_width is 0.0, and must be above 0"):
         plot.density(spectrum, linear_width=0.0)
+    with pytest.raises(TypeError, match=r"EigenPairs, .* spectral_density returns"):
+        plot.density(
+            EigenPairs(jnp.ones(1), jnp.ones((1, 1)), jnp.zeros(1), 0)  # pyright: ignore
+        )
     broken = spectrum._replace(nodes=spectrum.nodes * jnp.nan)
     with pytest.raises(ValueError, match=r"nodes that are not finite: nothing can be"):
         plot.density(broken)

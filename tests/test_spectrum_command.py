@@ -633,6 +633,10 @@ RETURN = "def problem():\n    params, batches = parts()\n    return "
             "fails on batch 0: ValueError: too many values to unpack",
         ),
         (
+            RETURN + "loss_fn, params, (batches[0][0], batches[0][1][:, 0])",
+            "looks like one batch: hand over a list of batches",
+        ),
+        (
             RETURN + "loss_fn, params, (b for b in batches)",
             "batches is of type generator, which is exhausted after one pass",
         ),

@@ -70,6 +70,11 @@ def test_equation_19_bounds_the_stable_rate_from_above():
     assert bound >= stable_learning_rate(found.value)
 
 
+def test_stable_rate_is_that_of_a_number():
+    with pytest.raises(TypeError, match=r"hand over its number, .*\.value"):
+        stable_learning_rate((4.0, 0.1, None))  # pyright: ignore[reportArgumentType]
+
+
 def test_stable_rate_rejects_bad_momentum():
     with pytest.raises(ValueError, match=r"momentum is 1.0, and must lie in \[0, 1\)"):
         stable_learning_rate(1.0, momentum=1.0)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmtdamp._basis import pack, unpack
+from rmtdamp._checks import refuse_one_batch
 from rmtdamp._jax import is_traced
 from rmtdamp._tree import aligned, check_params, num_examples
 from rmtdamp._types import Batch, LossFn, Matvec, Params
@@ -146,18 +147,6 @@ def _pass_over(batches, product, wrap, vector):
     return _share(total, np.float64(seen), vector)
 
 
-def _refuse_one_batch(batches) -> None:
-    """A pair (inputs, targets) would be read as two batches."""
-    if isinstance(batches, tuple) and all(hasattr(x, "shape") for x in batches):
-        kinds = {(len(x.shape), str(x.dtype)) for x in batches}
-        if len(kinds) > 1:
-            raise ValueError(
-                f"batches is a tuple of arrays of shapes {[x.shape for x in batches]}, "
-                "which looks like one batch: hand over a list of batches, "
-                "[(inputs, targets)] for a single one"
-            )
-
-
 @jax.jit
 def _add(total, product, count, vector):
     term = [count.astype(y.dtype) * y for y in pack(product, vector)]
@@ -225,7 +214,7 @@ def dataset_matvec(
         [0.75 0.75]
     """
     check_params(params)
-    _refuse_one_batch(batches)
+    refuse_one_batch(batches)
     options = {"loss_args": loss_args, "precision": precision}
 
     def product(batch, vector):

@@ -82,6 +82,12 @@ def _density(u, nodes, weights, narrow, p):
 
 def check_reach(*spectra: SpectralDensity, and_also=()) -> np.ndarray:
     """Smallest and largest node with any weight."""
+    for spectrum in spectra:
+        if not isinstance(spectrum, SpectralDensity):
+            raise TypeError(
+                f"spectrum is {type(spectrum).__name__}, and a density is drawn of a "
+                "SpectralDensity: hand over what spectral_density returns"
+            )
     seen = [np.asarray(s.nodes)[np.asarray(s.weights) > 0] for s in spectra]
     every = np.concatenate([*seen, np.ravel(np.asarray(and_also))])
     if not every.size or not np.all(np.isfinite(every)):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rmtdamp._checks import check_mode, check_scalar
+from rmtdamp._checks import check_mode, check_scalar, refuse_one_batch
 from rmtdamp._tree import check_params, num_examples, size
 from rmtdamp._types import Batch, LossFn, Mode, Params
 from rmtdamp.hessian import check_loss
@@ -45,6 +45,7 @@ def _check_batches(batches: Any) -> None:
             f"batches is of type {kind}, and must be an iterable of batches, such as a "
             "list or a loader"
         )
+    refuse_one_batch(batches)
     if isinstance(batches, Iterator):
         raise TypeError(
             f"batches is of type {kind}, which is exhausted after one pass, and every "
