@@ -191,7 +191,7 @@ verdict("sec8_threshold")
 # The paper's learner, the noise alone, is near the best flat damping on two of five
 # tasks (`beyond_tasks`). It does not know the learning rate; section 8 does. Read as a
 # rule, $\delta = c\,\alpha\lambda_{\max}/(2f)$, it is the library's `StabilityFloor`.
-# KFAC, five seeds:
+# KFAC, ten seeds:
 
 # %%
 rates = (0.001, 0.003, 0.01, 0.03, 0.1)
