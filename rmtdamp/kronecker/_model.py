@@ -422,6 +422,8 @@ def _zeros_like_outputs(seen, blocks, params, inputs, loss_args):
     own = {block.name: [jaxpr.invars[i] for i in block.leaves] for block in blocks}
     for name, calls in kernels.items():
         of_calls = [next(shown) for _ in calls]
+        if name not in own:  # a layer without a block of its own
+            continue
         if any(x is not None and x not in own[name] for x in of_calls):
             raise ValueError(
                 f"layer {name!r} does not multiply by its parameter, but by what is "
