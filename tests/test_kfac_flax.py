@@ -247,6 +247,18 @@ def standardised(x, a):
     return copy(x)
 
 
+def watched(x, a):
+    return a(x) + 0 * jnp.sum(jax.lax.stop_gradient(a.kernel[...]))
+
+
+def test_a_kernel_that_is_only_looked_at_is_taken():
+    model = Around(watched, a=linear(5, 3))
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    batch = jnp.ones((8, 5)), jnp.ones((8, 3))
+    found = nnx_factors(model, SQUARE, fisher="ggn")(params, batch, jax.random.key(0))
+    assert len(found.kronecker) == 1
+
+
 def unrolled(x, into, again, out):
     state = jnp.zeros((len(x), 4))
     for place in range(3):

@@ -465,7 +465,8 @@ def _sources(jaxpr) -> tuple[list, Counter]:
 
     uses = Counter()
     for equation in jaxpr.eqns:
-        if equation.primitive.name not in _SAME:
+        # What has no gradient adds nothing to the parameter's curvature.
+        if equation.primitive.name not in _SAME | {"stop_gradient"}:
             uses.update({source(x) for x in equation.invars})
     return [source(x) for x in jaxpr.outvars], uses
 
