@@ -190,7 +190,8 @@ def aligned(vector: Params, params: Params) -> Params:
         if differ := [pair for pair in pairs if pair[0] != pair[1]]:
             raise ValueError(
                 f"the vector has a leaf {differ[0][0]!r} where params have "
-                f"{differ[0][1]!r}: a vector in parameter space is a pytree like params"
+                f"{differ[0][1]!r}: a vector in parameter space is a pytree like "
+                "params, its leaves in the same order"
             )
     for i, (leaf, other) in enumerate(zip(leaves, given, strict=True)):
         if jnp.shape(other) != leaf.shape:

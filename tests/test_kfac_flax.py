@@ -247,7 +247,18 @@ def standardised(x, a):
     return copy(x)
 
 
+def tripled(lhs, rhs, dimension_numbers, **options):
+    return 3 * jax.lax.dot_general(lhs, rhs, dimension_numbers, **options)
+
+
+def hidden(x, a):
+    copy = nnx.clone(a)
+    copy.kernel = nnx.Param(jax.jit(lambda kernel: 3 * kernel)(a.kernel[...]))
+    return copy(x)
+
+
 def watched(x, a):
+    jnp.linalg.norm(a.kernel[...])  # of no use to what is returned
     return a(x) + 0 * jnp.sum(jax.lax.stop_gradient(a.kernel[...]))
 
 
@@ -287,12 +298,17 @@ SQUARE = lambda z, y: jnp.mean(jnp.sum((z - y) ** 2, axis=-1))
             "'parts/norm/layer_instance' does not multiply by its parameter",
         ),
         (lambda: Around(standardised, a=linear(5, 3)), "'parts/a' does not multiply"),
+        (lambda: Around(hidden, a=linear(5, 3)), "'parts/a' does not multiply"),
+        (
+            lambda: Around(lambda x, a: a(x), a=linear(5, 3, dot_general=tripled)),
+            "'parts/a' does more than multiply by its kernel",
+        ),
         (
             lambda: Around(tied, a=linear(5, 5), b=linear(5, 3)),
             "'parts/a' shares its kernel with another part",
         ),
     ],
-    ids=["weight norm", "spectral norm", "standardised", "tied"],
+    ids=["weight norm", "spectral norm", "standardised", "jit", "hook", "tied"],
 )
 def test_a_kernel_that_is_not_the_parameter_alone_is_refused(model, message):
     """Its factors would be those of what is multiplied, its gradient another's."""

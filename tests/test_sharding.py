@@ -329,3 +329,19 @@ def test_split_params_are_gathered_and_neither_basis_nor_state(name):
     most = 4 if name == "auto_adam" else 3
     assert total(found["all-gather"]) < most * P
     assert total(found["all-reduce"]) < products * 2 * P
+
+
+def test_a_scalar_among_params_on_several_devices():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    on = lambda tree, spec: jax.device_put(tree, jax.NamedSharding(mesh, spec))
+    loss = lambda p, x: jnp.mean((x @ p["w"] + p["bias"]) ** 2)
+    params = {"w": jnp.ones(3), "bias": jnp.ones(())}
+    batch = jax.random.normal(jax.random.key(0), (16, 3))
+    found = [
+        hessian.eigsh(hessian.hessian_matvec(loss, p, x), p, jax.random.key(1), k=2)
+        for p, x in (
+            (params, batch),
+            (on(params, jax.P()), on(batch, jax.P("data"))),
+        )
+    ]
+    chex.assert_trees_all_close(*[x.eigenvalues for x in found], rtol=1e-5)

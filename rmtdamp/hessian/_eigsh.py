@@ -64,7 +64,7 @@ def _step(carry: _Carry, product, spare, j, number) -> tuple[_Carry, list]:
     unit = magnitude(product)
     product = scale(1 / unit, product)
     # Shifts of a random vector are as good as new ones. One may have been used before.
-    roll = lambda x, n: jnp.roll(x, n, axis=int(np.argmax(x.shape)))
+    roll = lambda x, n: jnp.roll(x, n, axis=int(np.argmax(x.shape))) if x.ndim else x
     rolled = lambda x, n: automatic(roll, lambda: typed_like(x), x, n)
     shift = lambda n: jax.tree.map(lambda x: rolled(x, number + n), spare)
 

@@ -116,8 +116,8 @@ def largest_eigenvalue(
     largest stable learning rate (eq. 17).
 
     Power iteration converges like (|lambda_2| / lambda_1)^num_steps; `residual` says
-    how far it got. A tie of largest magnitudes +lambda and -lambda does not converge,
-    and shows as a large residual.
+    how far it got. A tie of largest magnitudes +lambda and -lambda, or nearly one, does
+    not converge, and shows as a large residual: `eigsh` tells such pairs apart.
 
     Args:
         matvec: v -> H v for a symmetric H, from `hessian_matvec` or any function of

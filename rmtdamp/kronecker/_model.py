@@ -220,7 +220,7 @@ class ModelFactors:
 
         def seen(names, params, inputs, loss_args):
             tape = Tape()
-            self.model_fn(params, inputs, tape, *loss_args)
+            result = self.model_fn(params, inputs, tape, *loss_args)
             # An operation, as JAX lets foreign tracers pass that nothing is done with.
             of = lambda found: {
                 name: [x[None] for x in values]
@@ -228,7 +228,7 @@ class ModelFactors:
                 if names is None or name in names
             }
             outputs = {k: [y for _, y in pairs] for k, pairs in tape.calls.items()}
-            return of(outputs), of(tape.kernels)
+            return of(outputs), of(tape.kernels), result
 
         taps = _zeros_like_outputs(seen, self.blocks, params, inputs, loss_args)
         outputs, pull, calls = jax.vjp(run, taps, has_aux=True)
@@ -367,7 +367,8 @@ def _zeros_like_outputs(seen, blocks, params, inputs, loss_args):
     """Zeros for each call of a layer, whose place in the model is looked at first.
 
     Args:
-        seen: (names or None, params, inputs, loss_args) -> outputs and kernels by name.
+        seen: (names or None, params, inputs, loss_args) -> outputs and kernels by name,
+            and what the model returns.
         blocks: of the params.
         params: pytree of arrays.
         inputs: of the model.
@@ -399,7 +400,7 @@ def _zeros_like_outputs(seen, blocks, params, inputs, loss_args):
             "model (scan, vmap, jit, checkpoint), from which their inputs cannot be "
             "handed out: leave them to diagonal blocks (layers=)"
         )
-    jaxpr, outputs, kernels = whole
+    jaxpr, outputs, kernels, _ = whole
     first = len(jax.tree.leaves(params))
     last = first + len(jax.tree.leaves(inputs))
     follows = depends(jaxpr, jaxpr.invars[first:last])
@@ -417,21 +418,32 @@ def _zeros_like_outputs(seen, blocks, params, inputs, loss_args):
                 "examples share them, so their gradients cannot be told apart; leave "
                 "it to a diagonal block (layers=, embeddings=)"
             )
-    sources, uses = _sources(jaxpr)
-    shown = iter(sources[-len(jax.tree.leaves(kernels)) :])
-    own = {block.name: [jaxpr.invars[i] for i in block.leaves] for block in blocks}
+    arguments, sources, uses, factors = _sources(jaxpr)
+    first_kernel = len(jax.tree.leaves(outputs))
+    shown, multiplied = iter(sources[first_kernel:]), iter(factors)
+    multiplied = {
+        name: [next(multiplied) for _ in calls] for name, calls in outputs.items()
+    }
+    own = {block.name: [arguments[i] for i in block.leaves] for block in blocks}
     for name, calls in kernels.items():
         of_calls = [next(shown) for _ in calls]
         if name not in own:  # a layer without a block of its own
             continue
-        if any(x is not None and x not in own[name] for x in of_calls):
+        if any(x not in own[name] for x in of_calls):
             raise ValueError(
                 f"layer {name!r} does not multiply by its parameter, but by what is "
                 "computed from it (WeightNorm, SpectralNorm, weight standardisation), "
                 "whose factors are not the parameter's: leave it to a diagonal block "
                 "(layers=)"
             )
-        if None not in of_calls and uses[of_calls[0]] > len(calls):
+        if not all(map(set.__contains__, multiplied[name], map(id, of_calls))):
+            raise ValueError(
+                f"layer {name!r} does more than multiply by its kernel (a dot_general "
+                "or conv_general_dilated of one's own that scales or rounds), and its "
+                "factors are those of the product alone: leave it to a diagonal block "
+                "(layers=)"
+            )
+        if uses[id(of_calls[0])] > len(calls):
             raise ValueError(
                 f"layer {name!r} shares its kernel with another part of the model "
                 "(tied weights), whose curvature its Kronecker block would miss: leave "
@@ -440,35 +452,70 @@ def _zeros_like_outputs(seen, blocks, params, inputs, loss_args):
     return jax.tree.map(lambda y: jnp.zeros(y.shape[1:], y.dtype), outputs)
 
 
-# What leaves an array's numbers as they are.
+# What leaves an array's numbers as they are; what calls another jaxpr, one input each.
 _SAME = {"convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim"}
 _SAME |= {"copy", "sharding_constraint", "reshard", "pvary"}
+_CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"}
+_CALLS |= {"checkpoint", "remat", "remat2"}
 
 
-def _sources(jaxpr) -> tuple[list, Counter]:
-    """For each output, the variable whose numbers it has; None where nobody can tell.
+def _operations(jaxpr, given: list) -> tuple[list, list]:
+    """(name, inputs, outputs) of each operation, calls opened, and what it returns.
 
     Returns:
-        Variables, arguments among them; and how many operations use the numbers of
-        each.
+        Operations on objects that stand for arrays; the objects returned.
     """
-    made = {x: equation for equation in jaxpr.eqns for x in equation.outvars}
-
-    def source(x):
-        while not hasattr(x, "val") and x in made:
-            equation = made[x]
-            if equation.primitive.name not in _SAME:
-                calls = any(hasattr(p, "jaxpr") for p in equation.params.values())
-                return None if calls else x
-            x = equation.invars[0]
-        return None if hasattr(x, "val") else x
-
-    uses = Counter()
+    known = dict(zip(jaxpr.invars, given, strict=True))
+    read = lambda x: x if hasattr(x, "val") else known.setdefault(x, object())
+    found = []
     for equation in jaxpr.eqns:
+        inputs = [read(x) for x in equation.invars]
+        bodies = [getattr(p, "jaxpr", p) for p in equation.params.values()]
+        bodies = [body for body in bodies if hasattr(body, "eqns")]
+        if equation.primitive.name in _CALLS and len(bodies) == 1:
+            more, outputs = _operations(bodies[0], inputs)
+            found += more
+        else:
+            outputs = [object() for _ in equation.outvars]
+            found.append((equation.primitive.name, inputs, outputs))
+        known.update(zip(equation.outvars, outputs, strict=True))
+    return found, [read(x) for x in jaxpr.outvars]
+
+
+def _sources(jaxpr) -> tuple[list, list, Counter, list[set[int]]]:
+    """Where the numbers of each output come from, unchanged.
+
+    Returns:
+        Objects that stand for the arguments; for each output one of these, or that of
+        an array that was computed; how many operations use the numbers of each, by its
+        id, of those on which an output depends; and for each output the ids of what was
+        multiplied to make it, perhaps with a bias added.
+    """
+    arguments = [object() for _ in jaxpr.invars]
+    operations, outputs = _operations(jaxpr, arguments)
+    source, alive = {}, {id(x) for x in outputs}
+    origin = lambda x: source.get(id(x), x)
+    for name, inputs, made in operations:
+        if name in _SAME:
+            source[id(made[0])] = origin(inputs[0])
+    uses = Counter()
+    for name, inputs, made in reversed(operations):
+        if alive.isdisjoint(map(id, made)):
+            continue
+        alive.update(map(id, inputs))
         # What has no gradient adds nothing to the parameter's curvature.
-        if equation.primitive.name not in _SAME | {"stop_gradient"}:
-            uses.update({source(x) for x in equation.invars})
-    return [source(x) for x in jaxpr.outvars], uses
+        if name not in _SAME | {"stop_gradient"}:
+            uses.update({id(origin(x)) for x in inputs})
+    maker = {id(x): operation for operation in operations for x in operation[2]}
+
+    def factors(x) -> set[int]:
+        name, inputs, _ = maker.get(id(origin(x)), ("", [], []))
+        if name in ("add", "add_any"):
+            return set().union(*map(factors, inputs))
+        products = "dot_general", "conv_general_dilated"
+        return {id(origin(y)) for y in inputs} if name in products else set()
+
+    return arguments, [origin(x) for x in outputs], uses, list(map(factors, outputs))
 
 
 def _each(pull, directions):
