@@ -77,8 +77,8 @@ def check_loss(
             "be finite; check the data and the learning rate"
         )
     single = [slice(i, i + 1) for i in range(min(count, 8))]
-    loss, what = value, ""
-    if abs(whole) <= 1e-3 * max(map(abs, map(value, single)), default=0):
+    loss, what, each = value, "", [abs(value(part)) for part in single]
+    if abs(whole) <= 1e-3 * max(each):
         # Nothing is a sum or a mean of zeros; they have slopes.
         along = random_like(jax.random.key(0), params, scattered)
         slope = jax.jit(
@@ -88,12 +88,12 @@ def check_loss(
         )
         loss = lambda part: float(slope(params, _rows(batch, places[part])))
         what, whole = "'s slope", loss(slice(0, 2 * half))
+        each = [abs(loss(part)) for part in single]
     reverse = loss(slice(2 * half - 1, None, -1))
     halves = (loss(slice(0, half)) + loss(slice(half, 2 * half))) / 2
     # Rounding is relative to the losses that are summed, not to a mean of both signs:
     # single examples give their size, and sixteen epsilons leave room for the sum.
     dtype = jax.eval_shape(loss_fn, params, batch, *loss_args).dtype
-    each = [abs(loss(part)) for part in single]
     allowed = rtol + 16 * float(jnp.finfo(dtype).eps)
     differs = lambda a: abs(a - whole) > allowed * max(abs(whole), abs(a), *each)
     if differs(reverse):

@@ -418,12 +418,25 @@ def _zeros_like_outputs(seen, blocks, params, inputs, loss_args):
                 "examples share them, so their gradients cannot be told apart; leave "
                 "it to a diagonal block (layers=, embeddings=)"
             )
+    _check_kernels(jaxpr, blocks, outputs, kernels)
+    return jax.tree.map(lambda y: jnp.zeros(y.shape[1:], y.dtype), outputs)
+
+
+def _check_kernels(jaxpr, blocks, outputs, kernels) -> None:
+    """Refuse a layer whose product is not that with its own parameter, and that alone.
+
+    Args:
+        jaxpr: params first; returns `outputs`, `kernels` and what the model returns.
+        blocks: of the params.
+        outputs: per layer a list, one for each call.
+        kernels: the same, of the layers that show theirs.
+
+    Raises:
+        ValueError: there is one.
+    """
     arguments, sources, uses, factors = _sources(jaxpr)
-    first_kernel = len(jax.tree.leaves(outputs))
-    shown, multiplied = iter(sources[first_kernel:]), iter(factors)
-    multiplied = {
-        name: [next(multiplied) for _ in calls] for name, calls in outputs.items()
-    }
+    shown, made = iter(sources[len(jax.tree.leaves(outputs)) :]), iter(factors)
+    multiplied = {name: [next(made) for _ in calls] for name, calls in outputs.items()}
     own = {block.name: [arguments[i] for i in block.leaves] for block in blocks}
     for name, calls in kernels.items():
         of_calls = [next(shown) for _ in calls]
@@ -449,7 +462,6 @@ def _zeros_like_outputs(seen, blocks, params, inputs, loss_args):
                 "(tied weights), whose curvature its Kronecker block would miss: leave "
                 "it to a diagonal block (layers=)"
             )
-    return jax.tree.map(lambda y: jnp.zeros(y.shape[1:], y.dtype), outputs)
 
 
 # What leaves an array's numbers as they are; what calls another jaxpr, one input each.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rmtdamp._checks import check_every, check_range
+from rmtdamp._checks import check_every
 from rmtdamp._jax import depends
 from rmtdamp._parts import Parts, spread_prefix
 from rmtdamp._tree import accumulation_dtype, aligned, leaf_names, scale, vdot
@@ -31,7 +31,7 @@ from rmtdamp.damping import (
 
 from ._learner import DampingLearner
 from ._measurer import Context, check_whole, refresh_in_step
-from ._optimiser import is_one
+from ._optimiser import check_damping, is_one
 from ._ritz import RitzSubspace
 
 
@@ -107,15 +107,18 @@ def _init_inside(inner, params, needed=frozenset(), argument="damping"):
             "two transformations of one chain hold a damping: the one inside already "
             "does (auto_damping or set_damping); keep one of the two"
         )
-    if argument == "relative_damping" and not _may_use(argument, inner, state, params):
+    if argument == "relative_damping" and not _may_use(
+        _traced(argument, inner, state, params), params
+    ):
         raise ValueError(
             "the rule gives a damping relative to the mean of the preconditioner's "
             "eigenvalues, and the transformation inside does not take one: take "
             "scale_by_adam_shrinkage, scale_by_kfac, scale_by_lanczos, or another rule"
         )
-    if not _may_use("damping", inner, state, params):
+    traced = _traced("damping", inner, state, params)
+    if not _may_use(traced, params):
         raise ValueError(_IGNORES)
-    if needed & MEASURED and (still := _unmoved(inner, state, params)):
+    if needed & MEASURED and (still := _unmoved(traced, params)):
         warnings.warn(
             f"the transformation inside never moves {still}, whose curvature decides "
             "on the damping of all: leave what is frozen out of params, and hand it to "
@@ -132,34 +135,38 @@ def _init_inside(inner, params, needed=frozenset(), argument="damping"):
     return state
 
 
-def _may_use(argument, inner, state, params) -> bool:
-    """False if an update of `inner` is known not to depend on an extra argument."""
+def _traced(argument, inner, state, params):
+    """The jaxpr of an update of `inner`, of an extra argument before all others.
 
-    def update(value):
+    Returns:
+        It, its outputs beginning with the updates; None where it cannot be traced.
+    """
+
+    def update(value, *rest):
         given = {"damping": jnp.ones(()), "damping_target": jnp.ones(())}
-        return inner.update(params, state, params, **given | {argument: value})
+        return inner.update(*rest, **given | {argument: value})
 
     try:
-        traced = jax.make_jaxpr(update)(jnp.zeros(())).jaxpr
+        return jax.make_jaxpr(update)(jnp.zeros(()), params, state, params).jaxpr
     except Exception:  # one that needs more arguments, or `init` with placeholders
-        return True
-    (damping,) = traced.invars
-    if not traced.outvars or not jax.tree.leaves(params):
-        return True
-    return any(damping is x for equation in traced.eqns for x in equation.invars)
+        return None
 
 
-def _unmoved(inner, state, params) -> str:
+def _may_use(traced, params) -> bool:
+    """False if an update is known not to depend on its extra argument."""
+    if traced is None or not traced.outvars or not jax.tree.leaves(params):
+        return True
+    value = traced.invars[0]
+    return any(value is x for equation in traced.eqns for x in equation.invars)
+
+
+def _unmoved(traced, params) -> str:
     """The leaves whose updates are known to be constants, in words; or nothing."""
-    one = jnp.ones(())
-    update = lambda *given: inner.update(*given, damping=one, damping_target=one)[0]
-    try:
-        jaxpr = jax.make_jaxpr(update)(params, state, params).jaxpr
-    except Exception:  # one that needs more arguments, or `init` with placeholders
+    if traced is None:
         return ""
-    follows = depends(jaxpr, jaxpr.invars)
-    names = zip(leaf_names(params), follows, strict=True)
-    still = [name for name, moves in names if not moves]
+    # The state comes after the updates.
+    follows = zip(leaf_names(params), depends(traced, traced.invars), strict=False)
+    still = [name for name, moves in follows if not moves]
     more = f" and {len(still) - 2} more" if len(still) > 2 else ""
     return ", ".join(still[:2]) + more
 
@@ -477,7 +484,7 @@ def set_damping(
         0.01
     """
     for number in jax.tree.leaves(damping):
-        check_range("damping", number, lambda x: x >= 0, "at least 0")
+        check_damping(number)
     inner = _taking_damping(inner)
 
     def at(count):

@@ -315,6 +315,11 @@ def refresh_in_step(
     return _refresh_if(due, measurer, state.measured, context)
 
 
+def _is_variable(node) -> bool:
+    """Whether this is one of the variables in which Flax's nnx keeps each array."""
+    return hasattr(node, "get_raw_value")
+
+
 def refresh(
     opt_state: optax.OptState,
     measurer: Measurer,
@@ -380,9 +385,7 @@ def refresh(
             "with all its settings, as the transformation was given it (for a loss "
             "function, rmtdamp.DampingLearner(loss_fn))"
         )
-    boxes = lambda node: hasattr(node, "get_raw_value")
-    nodes = jax.tree.leaves(opt_state, is_leaf=boxes)
-    if any(map(boxes, nodes)):
+    if any(map(_is_variable, jax.tree.leaves(opt_state, is_leaf=_is_variable))):
         raise TypeError(
             "opt_state is that of an nnx.Optimizer, whose arrays are variables: call "
             "rmtdamp.flax.refresh(optimizer, measurer, model, batch)"
@@ -450,10 +453,8 @@ def check_state(opt_state: optax.OptState) -> None:
         rmtdamp: the loss of a batch is not the mean of it
     """
     given = opt_state
-    # Flax's nnx keeps every array of a state in a variable.
-    boxed = lambda x: hasattr(x, "get_raw_value")
-    bare = lambda x: x.get_raw_value() if boxed(x) else x
-    opt_state = jax.tree.map(bare, opt_state, is_leaf=boxed)
+    bare = lambda x: x.get_raw_value() if _is_variable(x) else x
+    opt_state = jax.tree.map(bare, opt_state, is_leaf=_is_variable)
     nodes = []
     jax.tree.leaves(opt_state, is_leaf=lambda node: nodes.append(node) or False)
     if not any(hasattr(node, "measured") for node in nodes):
