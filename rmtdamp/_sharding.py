@@ -93,13 +93,22 @@ def in_unchecked_shards(*trees: Any) -> bool:
     """
     if not getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ()):
         return False
+    return not varies(*trees)
 
-    def varies(x):
+
+def varies(*trees: Any) -> bool:
+    """Whether JAX knows of a leaf that it differs between the shards of a `shard_map`.
+
+    Returns:
+        A bool.
+    """
+
+    def of(x):
         kind = jax.typeof(x)  # whose attribute was renamed after jax 0.7
         tracked = getattr(kind, "manual_axis_type", None)
         return bool(getattr(tracked, "varying", None) or getattr(kind, "vma", None))
 
-    return not any(map(varies, jax.tree.leaves(trees)))
+    return any(map(of, jax.tree.leaves(trees)))
 
 
 def explicitly_split(tree: Params) -> NamedSharding | None:

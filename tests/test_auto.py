@@ -813,3 +813,35 @@ def test_a_blow_up_does_not_lock_the_damping():
         dampings.append(float(get(state, "damping")))
     assert max(dampings) < 3 * dampings[0]
     assert get(state, "refresh_rejections") == 1
+
+
+def test_an_eager_step_by_hand_compiles_nothing_anew():
+    tx = auto_adam(1e-2, mlp_loss, refresh_every=None)
+    state = tx.init(PARAMS)
+    for _ in range(2):
+        _, state = tx.update(PARAMS, state, PARAMS, batch=BATCH)
+    with log_compilations() as logs:
+        tx.update(PARAMS, state, PARAMS, batch=BATCH)
+    assert not logs
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: set_damping(scale_by_adam_shrinkage(), 0.1, target=0.0),
+            r"target is 0.0, and must be above 0",
+        ),
+        (
+            lambda: auto_damping(
+                scale_by_adam_shrinkage(), LEARNER, learning_rate=-0.1
+            ),
+            r"learning_rate is -0.1, and must be at least 0",
+        ),
+        (lambda: scale_by_adam_shrinkage(b2=-1.0), r"b2 is -1.0, and must be in \[0, "),
+    ],
+    ids=["target", "rate", "b2"],
+)
+def test_numbers_out_of_their_range(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -32,6 +32,13 @@ def token_weighting(params, batch):
     return jnp.sum(weight * losses(params, batch)) / jnp.sum(weight)
 
 
+def test_a_root_of_a_mean_is_refused_where_halves_do_not_show_it():
+    batch = jnp.concatenate([BATCH[:8], BATCH[:8]])
+    root = lambda params, batch: jnp.sqrt(mean(params, batch))
+    with pytest.raises(ValueError, match=r"for 8 of them, .* one by one. A root"):
+        check_loss(root, PARAMS, batch)
+
+
 @pytest.mark.parametrize("count", [2, 7, 16])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_a_mean_passes(count, dtype):

@@ -532,6 +532,15 @@ def test_jax_shard_map_refuses_what_is_not_tracked(inside):
         step()
 
 
+def test_jax_shard_map_refuses_the_loss_of_a_shard():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = rmtdamp.auto_adam(0.05, loss_fn)
+    update = lambda batch: tx.update(PARAMS, tx.init(PARAMS), PARAMS, batch=batch)[0]
+    split = {"in_specs": (jax.P("data"),), "out_specs": jax.P()}
+    with pytest.raises(TypeError, match=r"average the loss .*jax.lax.pmean\(loss"):
+        jax.jit(jax.shard_map(update, mesh=mesh, **split))(batch)
+
+
 def test_donate_argnums():
     step = jax.jit(functools.partial(one_step, auto), donate_argnums=(0, 1))
     carry = first = jax.tree.map(jnp.copy, (PARAMS, auto.init(PARAMS)))

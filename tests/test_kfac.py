@@ -530,6 +530,21 @@ def test_bad_arguments_are_refused(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"kl_clip": 0.0}, r"kl_clip is 0.0, and must be above 0, or None"),
+        ({"momentum": 1.0}, r"momentum is 1.0, and must be in \[0, 1\)"),
+        ({"weight_decay": -0.1}, r"weight_decay is -0.1, and must be at least 0"),
+        ({"learning_rate": -0.1}, r"learning_rate is -0.1, and must be at least 0"),
+    ],
+    ids=["clip", "momentum", "decay", "rate"],
+)
+def test_bad_numbers_of_the_optimiser_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        kfac(**{"learning_rate": 0.1, "measurer": FN} | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"decay": 1.0}, r"decay is 1.0, and must be in \[0, 1\)"),
         ({"eigen_every": 2.5}, r"eigen_every is 2.5: take a whole number"),
         ({"eigen_every": None}, r"eigen_every is None: take a whole number"),

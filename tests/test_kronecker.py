@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from problems import mlp, mlp_batch, mlp_loss
 
@@ -210,6 +211,13 @@ def masked(logits, labels):
     )
 
 
+def own_mean(logits, labels):
+    """A mean over examples of the mean over an example's own one or two places."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    kept = jnp.array([[1.0, 1.0], [1.0, 0.0]])[jnp.arange(N) % 2]
+    return jnp.mean(jnp.sum(kept * losses, axis=1) / jnp.sum(kept, axis=1))
+
+
 def noisy(key, outputs):
     """Targets of `mean_squared`, a likelihood of unit variance."""
     return outputs + jax.random.normal(key, outputs.shape, outputs.dtype)
@@ -230,8 +238,19 @@ INTEGERS = jnp.zeros((N, 2), jnp.int32)
         (summed, INTEGERS, {}),
         (masked, INTEGERS.at[jnp.arange(N), jnp.arange(N) % 2].set(-1), {}),
         (mean_squared, normal(13, N, 2, 4), {"sample_fn": noisy}),
+        (
+            lambda z, y: 6 * mean_squared(z, y),
+            normal(13, N, 2, 4),
+            {"sample_fn": noisy},
+        ),
+        (lambda z, y: 10 * cross_entropy(z, y), INTEGERS, {}),
+        (lambda z, y: summed(z, y) / 3, INTEGERS, {}),
+        (own_mean, INTEGERS, {}),
     ],
-    ids=["told", "mean", "sum", "masked mean", "regression"],
+    ids=[
+        *("told", "mean", "sum", "masked mean", "regression", "scaled regression"),
+        *("scaled", "by a constant", "mean of means"),
+    ],
 )
 def test_sampled_labels_give_the_gauss_newton_factor_on_average(
     criterion, targets, options
@@ -270,6 +289,41 @@ def test_the_number_of_terms_is_found_for_numpy_arrays_too():
     close(found, 2 * alone.outputs)
 
 
+def one_hot(labels):
+    return jax.nn.one_hot(labels, 4)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "num_terms"),
+    [
+        (lambda z, y: jnp.mean(jnp.sum((z - one_hot(y)) ** 2, -1)), 2),
+        (lambda z, y: jnp.sum(jax.nn.softplus(z - 3 * one_hot(y))) / N, 1),
+        (
+            lambda z, y: (
+                5 * jnp.mean(optax.softmax_cross_entropy(z, 0.05 + 0.8 * one_hot(y)))
+            ),
+            2 / 5,
+        ),
+    ],
+    ids=["squared error of classes", "binary", "smoothed labels"],
+)
+def test_the_scale_of_other_losses_of_labels(criterion, num_terms):
+    """Cross-entropy is recognised, with smoothed labels too, and nothing else is."""
+    make = functools.partial(
+        ModelFactors,
+        model_fn=single,
+        criterion=criterion,
+        blocks=PLACES_FN.blocks,
+        fisher="empirical",
+    )
+    batch = normal(16, N, 2, 3), jax.random.randint(jax.random.key(3), (N, 2), 0, 4)
+    found, told = (
+        fn(PLACES, batch, jax.random.key(17)).kronecker[0].outputs
+        for fn in (make(), make(num_terms=num_terms))
+    )
+    close(found, told)
+
+
 def test_a_single_logit_has_no_label_to_draw():
     def model(params, x, tape):
         return single(params, x, tape)[:, :1]
@@ -290,7 +344,7 @@ def test_a_loss_that_does_not_tell_mean_from_sum_asks():
     weights = jnp.ones((N, 2, 4))
     fn = ModelFactors(
         model_fn=single,
-        criterion=lambda z, y: jnp.mean(weights * (z - y) ** 2),
+        criterion=lambda z, y: jnp.mean(weights * (z - y) ** 4),
         blocks=PLACES_FN.blocks,
         fisher="empirical",
     )
@@ -299,6 +353,8 @@ def test_a_loss_that_does_not_tell_mean_from_sum_asks():
         ValueError, match=r"targets of shape \(2, 4\).* hand over num_t"
     ):
         fn(PLACES, batch, jax.random.key(17))
+    compiled = jitted(fn, PLACES, batch, jax.random.key(17)).kronecker[0]
+    assert jnp.all(jnp.isnan(compiled.outputs))
 
 
 # --- convolutions ------------------------------------------------------------------
@@ -564,7 +620,7 @@ def test_exact_curvature_of_several_outputs_is_refused():
         ),
         ({"sharing": "mean"}, r"sharing is 'mean': choose from 'expand', 'reduce'"),
         ({"diagonal": "full"}, r"diagonal is 'full': choose from 'examples', 'signs'"),
-        ({"num_terms": 0}, r"num_terms is 0, and must be at least 1"),
+        ({"num_terms": 0}, r"num_terms is 0, and must be above 0"),
     ],
     ids=["fisher", "sharing", "diagonal", "num_terms"],
 )

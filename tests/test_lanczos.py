@@ -100,6 +100,28 @@ def test_breakdown_gives_true_eigenvalues_and_nothing_else(
     assert jnp.all(weights[2:] == 0)
 
 
+@pytest.mark.parametrize("reorthogonalization", ["full", "twice"])
+@pytest.mark.parametrize("num_steps", [15, 40])
+def test_a_spectrum_that_decays_to_rounding(num_steps, reorthogonalization):
+    """Eigenvalues 20, 2, 0.03, 3e-4, 1e-6, ... in float32: the tail is rounding, in
+    which a basis loses its orthogonality by powers unless two passes are made."""
+    x, centres = jnp.linspace(-1, 1, 64), jnp.linspace(-1, 1, 40)
+    features = jnp.exp(-(((x[:, None] - centres[None]) ** 2) / 2)).astype(jnp.float32)
+    found = lanczos(
+        lambda v: features.T @ (features @ v) / 64,
+        normal(0, 40, jnp.float32),
+        num_steps,
+        reorthogonalization=reorthogonalization,
+    )
+    basis = rows(found.basis, int(found.num_steps)).astype(float)
+    error = basis @ basis.T - np.eye(len(basis))
+    np.testing.assert_allclose(error, 0, atol=2e-6)
+    exact = np.linalg.eigvalsh(np.asarray(features.T @ features, float) / 64)
+    values = found.ritz()[0]
+    np.testing.assert_allclose(values.max(), exact[-1], rtol=1e-5)
+    np.testing.assert_allclose(values.min(), 0, atol=1e-5)
+
+
 def test_a_matvec_that_returns_its_argument():
     found = lanczos(lambda v: v, normal(0), 3)
     assert found.num_steps == 1
@@ -231,6 +253,16 @@ def test_eigsh_of_low_rank_and_identity(k):
     np.testing.assert_allclose(low_rank.eigenvalues, expected, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("p", [8, 30])
+def test_eigsh_as_exact_as_can_be(p, dtype):
+    diagonal = jnp.arange(1, p + 1, dtype=dtype)
+    options = {"k": 2, "tol": 0.0}
+    found = eigsh(lambda v: diagonal * v, diagonal, jax.random.key(1), **options)
+    np.testing.assert_allclose(found.eigenvalues, [p, p - 1], rtol=1e-6)
+    assert found.num_products < 100
+
+
 @pytest.mark.slow
 def test_eigsh_respects_its_budget_and_reports_what_is_left():
     matrix = with_spectrum(np.linspace(0, 1, 300))
@@ -348,6 +380,16 @@ def test_check_symmetric():
                 jnp.copy, normal(0), jax.random.key(0), num_probes=0
             ),
             "num_probes is 0, and at least 1",
+        ),
+        (
+            lambda: eigsh(jnp.copy, normal(0), jax.random.key(0), tol=-1.0),
+            "tol is -1.0, and must be at least 0",
+        ),
+        (
+            lambda: jax.jit(
+                lambda a: eigsh(lambda v: a * v, normal(0), jax.random.key(0))
+            )(normal(1)),
+            "eigsh decides by its residuals when to stop, so it cannot be traced",
         ),
         (
             lambda: eigsh(jnp.copy, normal(0), jax.random.key(0), k=95),

@@ -82,7 +82,7 @@ def test_the_stability_floor_is_that_of_a_damped_step():
 def test_the_floors_for_adam_and_lanczos_have_their_momentum():
     known = Evidence(1.0, 1.0, 1.0, 5.0, 5.0, learning_rate=0.3)
     lanczos = StabilityFloor.for_lanczos(momentum=0.5)
-    close(lanczos(known).damping, 0.3 * 5 / (2 * 1.5))
+    close(lanczos(known).damping, 0.3 / (1 - 0.5) * 5 / 2)
     assert needs_of(lanczos) == {"max_eigenvalue", "learning_rate"}
     adam = StabilityFloor.for_adam(b1=0.5)
     close(adam(known).damping, 4 * 0.3 * 5 / (2 * 3))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rmtdamp._jax import is_traced
 from rmtdamp._parts import WHOLE, Parts
 from rmtdamp._types import Params
 from rmtdamp.hessian import HessianMoments
@@ -507,4 +508,7 @@ def settle_probe(
         )
 
     assert learned.probe is not None
-    return jax.lax.cond((learned.probe.waits > 0).any(), settled, lambda x: x, learned)
+    waits = (learned.probe.waits > 0).any()
+    if not is_traced(waits):  # an eager cond is compiled at every call
+        return settled(learned) if waits else learned
+    return jax.lax.cond(waits, settled, lambda x: x, learned)

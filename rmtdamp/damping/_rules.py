@@ -264,10 +264,10 @@ class StabilityFloor:
     Args:
         safety: c; 8 was chosen for KFAC, with lambda_max(H), and `for_adam` takes 4,
             preconditioned: more costs where Adam trains best near its own threshold
-            (a transformer), less reaches fewer learning rates. `for_lanczos` takes 1:
-            the largest |Ritz value| of the step before takes the place of a lambda_max
-            below it (`auto_damping`), and what is sharpest is among the Ritz vectors,
-            where a step is short anyway.
+            (a transformer), less reaches fewer learning rates. `for_lanczos` takes 1
+            without momentum: the largest |Ritz value| of the step before takes the
+            place of a lambda_max below it (`auto_damping`), and what is sharpest is
+            among the Ritz vectors, where a step is short anyway.
         momentum: rho or b1 of the optimiser, in [0, 1).
         averaged: whether momentum averages, as Adam's does, or sums.
         preconditioned: whether lambda is that of the preconditioned Hessian, or of H.
@@ -302,8 +302,15 @@ class StabilityFloor:
 
     @classmethod
     def for_lanczos(cls, momentum: float = 0.9) -> "StabilityFloor":
-        """For `lanczos_newton` with this momentum: just what the Hessian needs."""
-        return cls(1.0, momentum=momentum)
+        """For `lanczos_newton`: what the Hessian needs at the rate that momentum makes.
+
+        Returns:
+            The rule delta = alpha / (1 - rho) lambda / 2, so c = (1 + rho) / (1 - rho).
+            That momentum doubles the stable rate holds of one Hessian, and not of one
+            that is another in each batch: c = 1 with rho = 0.9 diverged on matrix
+            factorisation and state-space models.
+        """
+        return cls((1 + momentum) / (1 - momentum), momentum=momentum)
 
     @property
     def _eigenvalue(self) -> str:

@@ -126,7 +126,7 @@ def linen_factors(
     sample_fn: SampleFn | None = None,
     sharing: Sharing = "expand",
     diagonal: Diagonal = "examples",
-    num_terms: int | None = None,
+    num_terms: float | None = None,
     precision: str | None = "highest",
 ) -> ModelFactors:
     """Kronecker factors of an unchanged linen model, for `scale_by_kfac`.
@@ -155,8 +155,7 @@ def linen_factors(
         sample_fn: draws targets.
         sharing: "expand" or "reduce".
         diagonal: "examples" or "signs".
-        num_terms: independent terms per example that the loss takes the mean over, such
-            as tokens; None finds it.
+        num_terms: what brings gradients to the Hessian's scale; None finds it.
         precision: matmul precision.
 
     Returns:

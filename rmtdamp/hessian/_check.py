@@ -31,7 +31,9 @@ def check_loss(
     - the batch in reverse order must give the same loss (dropout draws other masks
       for the same examples);
     - the mean over two halves must be the loss of both together (a sum gives half; so
-      do batch statistics or weights normalised over the batch give something else).
+      do batch statistics or weights normalised over the batch give something else), and
+      so must the mean over up to eight single examples (a root of a mean, which halves
+      hardly show).
 
     Evaluating the same batch twice would show neither. Where the loss is next to zero,
     as a policy gradient's at its start, a slope of it is compared.
@@ -76,9 +78,10 @@ def check_loss(
             f"loss_fn gives {whole} on this batch: a curvature measured here would not "
             "be finite; check the data and the learning rate"
         )
-    single = [slice(i, i + 1) for i in range(min(count, 8))]
-    loss, what, each = value, "", [abs(value(part)) for part in single]
-    if abs(whole) <= 1e-3 * max(each):
+    few = min(2 * half, 8)
+    single = [slice(i, i + 1) for i in range(few)]
+    loss, what, each = value, "", [value(part) for part in single]
+    if abs(whole) <= 1e-3 * max(map(abs, each)):
         # Nothing is a sum or a mean of zeros; they have slopes.
         along = random_like(jax.random.key(0), params, scattered)
         slope = jax.jit(
@@ -88,15 +91,16 @@ def check_loss(
         )
         loss = lambda part: float(slope(params, _rows(batch, places[part])))
         what, whole = "'s slope", loss(slice(0, 2 * half))
-        each = [abs(loss(part)) for part in single]
+        each = [loss(part) for part in single]
     reverse = loss(slice(2 * half - 1, None, -1))
     halves = (loss(slice(0, half)) + loss(slice(half, 2 * half))) / 2
     # Rounding is relative to the losses that are summed, not to a mean of both signs:
     # single examples give their size, and sixteen epsilons leave room for the sum.
     dtype = jax.eval_shape(loss_fn, params, batch, *loss_args).dtype
     allowed = rtol + 16 * float(jnp.finfo(dtype).eps)
-    differs = lambda a: abs(a - whole) > allowed * max(abs(whole), abs(a), *each)
-    if differs(reverse):
+    largest = max(map(abs, each))
+    differs = lambda a, b: abs(a - b) > allowed * max(abs(a), abs(b), largest)
+    if differs(reverse, whole):
         raise ValueError(
             f"loss_fn{what} depends on the order of the examples ({whole:.6g}, "
             f"reversed {reverse:.6g}): dropout or augmentation is left on, where "
@@ -104,7 +108,7 @@ def check_loss(
             "variational or diffusion model) takes a key for each example, in the "
             "batch; examples are along the first axis"
         )
-    if differs(halves):
+    if differs(halves, whole):
         if abs(2 * halves - whole) <= allowed * abs(whole):
             raise ValueError(
                 f"loss_fn{what} sums over the batch: {whole:.6g} for {2 * half} "
@@ -116,5 +120,13 @@ def check_loss(
             f"them, {halves:.6g} on average for their halves. Batch statistics "
             "(BatchNorm in training mode: use the running averages) or weights "
             "normalised over the batch (a mean over tokens: divide by a constant) "
+            "couple the examples"
+        )
+    together, alone = loss(slice(0, few)), sum(each) / few
+    if differs(alone, together):
+        raise ValueError(
+            f"loss_fn{what} is not a mean over examples: {together:.6g} for {few} of "
+            f"them, {alone:.6g} on average one by one. A root of the mean, or weights "
+            "normalised over the batch (a mean over tokens: divide by a constant), "
             "couple the examples"
         )

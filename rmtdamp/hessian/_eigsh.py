@@ -26,6 +26,7 @@ from rmtdamp._basis import (
     unpack,
     zeros,
 )
+from rmtdamp._checks import check_range
 from rmtdamp._jax import is_traced
 from rmtdamp._sharding import automatic, typed_like
 from rmtdamp._tree import check_params, norm, scale, scattered, size
@@ -155,7 +156,8 @@ def eigsh(
         k: number of eigenpairs, at most P.
         which: "LA" the largest, "SA" the smallest, "LM" the largest in magnitude, as
             in SciPy; in that order.
-        tol: relative residual asked for; default: 1e-4 in float32, 1e-8 in float64.
+        tol: relative residual asked for; default: 1e-4 in float32, 1e-8 in float64. No
+            less than rounding can be had: 0, as in SciPy, is the dtype's epsilon.
         max_products: budget; default 50 * basis_size.
         basis_size: vectors in the basis; default max(2 k + 1, 20), at most P.
 
@@ -165,7 +167,8 @@ def eigsh(
     Raises:
         TypeError: `like` holds anything but real floating arrays.
         ValueError: k outside 1 to P, a basis of fewer than k + 2 vectors (or P), a
-            budget below the basis, an unknown `which`, or a call inside traced code.
+            budget below the basis, a negative `tol`, an unknown `which`, or a call
+            inside traced code.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -196,24 +199,31 @@ def eigsh(
             f"max_products is {budget}, and filling a basis of {m} vectors takes {m}: "
             "raise it, or lower basis_size"
         )
+    check_range("tol", tol, lambda x: x >= 0, "at least 0, a relative residual")
+    traced = (
+        "eigsh decides by its residuals when to stop, so it cannot be traced: call it "
+        "outside jit, or take lanczos, which can"
+    )
     if is_traced(matvec, like, key):
-        raise ValueError(
-            "eigsh decides by its residuals when to stop, so it cannot be traced: call "
-            "it outside jit, or take lanczos, which can"
-        )
+        raise ValueError(traced)
     start = draw(key, like, scattered)
     carry, vector = _begin(start, m)
     dtype = carry.matrix.dtype
     relative = (1e-4 if dtype == jnp.float32 else 1e-8) if tol is None else tol
+    relative = max(relative, float(jnp.finfo(dtype).eps))
     spent, first = 0, 0
     while True:
         for j in range(first, m):
             found = multiply(matvec, like, vector)
+            if is_traced(found):  # by what a plain function closes over
+                raise ValueError(traced)
             spent += 1
             carry, vector = _step(carry, found, start, np.int32(j), np.int32(spent))
         values, rows, residuals = _ritz(carry, which)
-        # What is not finite will not get any better either.
-        done = not np.any(residuals[:k] > relative * np.max(np.abs(values)))
+        # A basis of the whole space leaves nothing to restart from, and what is not
+        # finite will not get any better either.
+        left = np.any(residuals[:k] > relative * np.max(np.abs(values)))
+        done = m == p or not left
         # The kept vectors: the wanted ones and, to speed them up, the next half.
         first = min(k + (m - k) // 2, m - 1)
         if done or spent + m - first > budget:

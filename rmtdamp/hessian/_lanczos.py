@@ -5,10 +5,11 @@ waits for the device; traced, they are a loop in the graph. (XLA on a CPU runs
 convolutions inside a loop some thirty times slower.)
 
 Breakdown. When the Krylov space is exhausted, what is left of a product is rounding,
-and normalising it would invent eigenvalues. In exact arithmetic the product of step i
-has norm (alpha_i^2 + beta_{i-1}^2 + beta_i^2)^1/2, so beta_i is rounding when it is a
-small multiple of the machine's epsilon times that norm. From there on the vectors,
-alpha and beta are zero: shapes stay, no step is wrong, and no host has to look.
+and normalising it would invent eigenvalues. So beta_i is none where it is a small
+multiple of the machine's epsilon times the product's norm: as computed, for in the tail
+of a decaying spectrum a product may be rounding altogether, and far more than the
+(alpha_i^2 + beta_{i-1}^2 + beta_i^2)^1/2 that it is in exact arithmetic. From there on
+vectors, alpha and beta are zero: shapes stay, no step is wrong, no host has to look.
 """
 
 import functools
@@ -194,6 +195,28 @@ class _Entries(NamedTuple):
     num_steps: jax.Array  # (), int32
 
 
+def _orthogonal(basis, rest, length, measure, passes: int):
+    """The part of `rest` outside the span, and its norm; one pass becomes two at need.
+
+    What a pass leaves within the span is the basis' own error times what it took off.
+    Where that is more than what is left, as in the tail of a spectrum that decays to
+    rounding, the error would grow at each step, by as much (Kahan and Parlett).
+
+    Returns:
+        That part, and its length as `measure` has it; `length` is that of `rest`.
+    """
+    once, _ = orthogonalise(basis, rest, passes)
+    left = measure(once)
+    if passes > 1:
+        return once, left
+
+    def again():
+        twice, _ = orthogonalise(basis, once, 1)
+        return twice, measure(twice)
+
+    return jax.lax.cond(left < length / 2, again, lambda: (once, left))
+
+
 def _step(basis, previous, vector, product, entries: _Entries, i, passes: int):
     """q_{i+1}, or 0 after breakdown, from q_{i-1}, q_i and A q_i."""
     alpha, last_beta = vdot(vector, product), entries.last_beta
@@ -202,12 +225,12 @@ def _step(basis, previous, vector, product, entries: _Entries, i, passes: int):
     rest = jax.tree.map(
         lambda y, q, p: y - alpha * q - last_beta * p, product, vector, previous
     )
+    measure = lambda x: unit * norm(scale(1 / unit, x))
+    beta = measure(rest)
+    whole = jnp.hypot(jnp.hypot(alpha, last_beta), beta)
     if passes:
-        rest, _ = orthogonalise(basis, rest, passes)
-    beta = unit * norm(scale(1 / unit, rest))
-    # (alpha^2 + last_beta^2 + beta^2)^1/2, the norm of the product
-    local = jnp.hypot(jnp.hypot(alpha, last_beta), beta)
-    alive = beta > BREAKDOWN * jnp.finfo(beta.dtype).eps * local
+        rest, beta = _orthogonal(basis, rest, beta, measure, passes)
+    alive = beta > BREAKDOWN * jnp.finfo(beta.dtype).eps * whole
     beta = jnp.where(alive, beta, 0)
     started = (i == 0) | (last_beta > 0)
     following = scale(jnp.where(alive, 1 / jnp.where(alive, beta, 1), 0), rest)
@@ -246,8 +269,8 @@ def lanczos(
 
     In floating point Q loses its orthogonality once a Ritz value has converged, and
     copies of it appear. "full" subtracts, at each step, what is left along the earlier
-    vectors; "twice" does so twice, which is as good as it gets; "none" keeps the
-    three-term recursion, which is enough for a spectral density.
+    vectors, and once more where that was more than half; "twice" does so twice in every
+    step; "none" keeps the three-term recursion, which is enough for a spectral density.
 
     Cost: `num_steps` products, and 4 (8 for "twice") num_steps^2 P FLOPs. Memory: four
     vectors like `start`, and `num_steps` more for the basis.

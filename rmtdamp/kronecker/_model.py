@@ -108,11 +108,15 @@ class ModelFactors:
             and N copies of the diagonal leaves and full blocks; "signs" squares one
             gradient of the batch in which examples have random signs, N times cheaper
             in memory and right in expectation (large embeddings).
-        num_terms: independent terms per example that the loss takes the mean over, such
-            as tokens; the squared gradients of "sampled" and "empirical" grow by it, so
-            that they have the Hessian's scale. None finds it: where an example has
-            several targets and twice as many would halve the gradient of each, the
-            number of targets that have one; else 1.
+        num_terms: what brings the squared gradients of "sampled" and "empirical" to the
+            Hessian's scale, where it is known: independent terms per example that the
+            loss takes the mean over, such as tokens, over the loss's factor. None finds
+            it. A sum of cross-entropies of integer labels, or of squared errors, with
+            any weights (classes, masks, a mean over tokens, a constant) is recognised,
+            and each target's gradient is divided by the root of its weight. Of another
+            loss, which must be a negative log-likelihood without a factor, it is the
+            number of targets that have a gradient, where an example has several and
+            twice as many would halve the gradient of each; else 1.
         precision: matmul precision; None leaves the global setting.
 
     Raises:
@@ -156,7 +160,7 @@ class ModelFactors:
     sample_fn: SampleFn | None = None
     sharing: Sharing = "expand"
     diagonal: Diagonal = "examples"
-    num_terms: int | None = None
+    num_terms: float | None = None
     precision: str | None = "highest"
 
     def __post_init__(self) -> None:
@@ -164,7 +168,7 @@ class ModelFactors:
         check_choice("sharing", self.sharing, get_args(Sharing))
         check_choice("diagonal", self.diagonal, get_args(Diagonal))
         if self.num_terms is not None:
-            check_range("num_terms", self.num_terms, lambda n: n >= 1, "at least 1")
+            check_range("num_terms", self.num_terms, lambda n: n > 0, "above 0")
         full = [block.name for block in self.blocks if block.kind == "full"]
         if full and self.diagonal == "signs":
             raise ValueError(
@@ -257,11 +261,11 @@ class ModelFactors:
                 sampled = jnp.where(targets < 0, targets, sampled.astype(targets.dtype))
             targets = sampled
         gradient = jax.grad(self.criterion)(outputs, targets)
-        terms = self.num_terms
-        if terms is None:
-            terms = _num_terms(self.criterion, outputs, targets, gradient)
-        root = count * jnp.sqrt(terms)
-        return jax.tree.map(lambda u: root.astype(u.dtype) * u[None], gradient)
+        if self.num_terms is not None:
+            root = count * jnp.sqrt(self.num_terms)
+        else:
+            root = count * _unweighted(self.criterion, outputs, targets, gradient)
+        return jax.tree.map(lambda u: (root.astype(u.dtype) * u)[None], gradient)
 
     def _record(self, block, calls, gradients, inputs, params):
         count = num_examples(inputs)
@@ -582,28 +586,87 @@ def _check_logits(outputs) -> None:
         )
 
 
+def _unweighted(criterion, outputs, targets, gradient) -> jax.Array:
+    """What brings the gradients' squares to the Hessian's scale, as its root.
+
+    Where N times the loss is sum_i c_i l_i over targets i, l_i a negative logarithm of
+    a likelihood, the Hessian is the sum of c_i F_i, and gradients of c_i l_i give
+    c_i^2 F_i. So they are divided by the root of c_i.
+
+    Returns:
+        A scalar, or an array that multiplies the gradient, with an axis for classes.
+    """
+    if not all(isinstance(x, jax.Array | np.ndarray) for x in (outputs, targets)):
+        return jnp.ones(())
+    weights, known = _weights(criterion, outputs, targets)
+    try:
+        other = jnp.sqrt(_num_terms(criterion, outputs, targets, gradient))
+    except (TypeError, ValueError) as error:
+        # A mask of a fixed shape, say. In a compiled step nothing can be raised.
+        if weights is None or (not is_traced(known) and not known):
+            raise ValueError(
+                f"each example has targets of shape {targets.shape[1:]}, and whether "
+                "the loss is their mean or sum cannot be tried with twice as many "
+                f"({error}): hand over num_terms, their number if it is the mean, else "
+                "1"
+            ) from error
+        other = jnp.full((), jnp.nan)
+    if weights is None:
+        return other
+    root = jax.lax.rsqrt(jnp.where(weights > 0, weights, 1))
+    return jnp.where(known, root, other.astype(root.dtype))
+
+
+def _weights(criterion, outputs, targets) -> tuple:
+    """c, where N times the loss is sum_i c_i l_i of cross-entropies or squared errors.
+
+    At outputs of zero a softmax cross-entropy of label y among C has the gradient
+    c (1/C - e_y) and the Hessian c (I - 1/C) / C, half a squared error -c y and c I.
+    Whatever c may be, that both agree tells these losses from others.
+
+    Returns:
+        c, of the outputs' number of axes, and whether it is known, a scalar; None and
+        False if it cannot be.
+    """
+    dtype, count = accumulation_dtype(outputs), len(targets)
+    zeros = jnp.zeros(outputs.shape, dtype)
+    slope = jax.grad(lambda z: count * criterion(z, targets).astype(dtype))
+    if outputs.shape == targets.shape:
+        if not jnp.issubdtype(targets.dtype, jnp.inexact):
+            return None, False
+        first, c = jax.jvp(slope, (zeros,), (jnp.ones_like(zeros),))
+        size = lambda x: jnp.linalg.norm(jnp.ravel(x))
+        expected = c * targets.astype(dtype)
+        return c, (size(first + expected) <= 0.01 * size(expected)) & jnp.any(c > 0)
+    integers = jnp.issubdtype(targets.dtype, jnp.integer)
+    classes = outputs.shape[-1]
+    if outputs.shape[:-1] != targets.shape or not integers or classes < 2:
+        return None, False
+    signs = 1 - 2 * (np.arange(classes) % 2)
+    signs = jnp.asarray(signs - signs.mean(), dtype)
+    first, second = jax.jvp(slope, (zeros,), (jnp.broadcast_to(signs, zeros.shape),))
+    c = classes * (second @ signs) / (signs @ signs)
+    label = jnp.maximum(targets, 0)[..., None]
+    at_label = jnp.take_along_axis(first, label, axis=-1)[..., 0]
+    by_slope = (jnp.mean(first, axis=-1) - at_label) / (1 - 1 / classes)
+    # Smoothed labels make the slope smaller. Places left out have neither.
+    agree = (c > 0.6 * by_slope) & (c < 1.7 * by_slope) | (c == 0) & (by_slope == 0)
+    return c[..., None], jnp.all(agree) & jnp.any(c > 0)
+
+
 def _num_terms(criterion, outputs, targets, gradient) -> jax.Array | float:
     """Targets per example, where the loss is their mean; 1 where it is their sum.
 
     Returns:
         A number, of those that have a gradient.
     """
-    if not all(isinstance(x, jax.Array | np.ndarray) for x in (outputs, targets)):
-        return 1.0
     if targets.size == len(targets):
         return 1.0
     places = targets.ndim
     if outputs.shape[:places] != targets.shape:
         return 1.0
     twice = lambda x: jnp.concatenate([x, x], axis=1)
-    try:
-        doubled = jax.grad(criterion)(twice(outputs), twice(targets))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"each example has targets of shape {targets.shape[1:]}, and whether the "
-            f"loss is their mean or sum cannot be tried with twice as many ({error}): "
-            "hand over num_terms, their number if it is the mean, else 1"
-        ) from error
+    doubled = jax.grad(criterion)(twice(outputs), twice(targets))
     size = lambda x: jnp.linalg.norm(jnp.ravel(x).astype(jnp.float32))
     whole = size(gradient)
     share = size(doubled[:, : targets.shape[1]]) / jnp.where(whole > 0, whole, 1)

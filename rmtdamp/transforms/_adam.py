@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rmtdamp._checks import check_choice
+from rmtdamp._checks import check_choice, check_range
 from rmtdamp._tree import mean, norm, size
 
-from ._optimiser import by_learning_rate, check_damping, check_one, is_one
+from ._optimiser import by_learning_rate, check_damping, check_decays, check_one, is_one
 
 Form = Literal["damping", "shrinkage", "length", "avagrad"]
 
@@ -202,6 +202,8 @@ def scale_by_adam_shrinkage(
     """
     check_choice("form", form, get_args(Form))
     check_damping(damping)
+    check_decays(b1=b1, b2=b2)
+    check_range("target", target, lambda x: x > 0, "above 0")
 
     def adam(eps):
         return optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rmtdamp._checks import check_every
+from rmtdamp._checks import check_every, check_range
 from rmtdamp._jax import depends
 from rmtdamp._parts import Parts, spread_prefix
 from rmtdamp._tree import accumulation_dtype, aligned, leaf_names, scale, vdot
@@ -380,6 +380,7 @@ def auto_damping(
     if not isinstance(learner, DampingLearner):
         learner = DampingLearner(learner)
     check_every("refresh_every", refresh_every, or_never=True)
+    check_range("learning_rate", learning_rate, lambda x: x >= 0, "at least 0")
     inner = _taking_damping(inner)
     needed, relative = needs_of(learner.rule), is_relative(learner.rule)
     own = learning_rate
@@ -485,6 +486,7 @@ def set_damping(
     """
     for number in jax.tree.leaves(damping):
         check_damping(number)
+    check_range("target", target, lambda x: x > 0, "above 0")
     inner = _taking_damping(inner)
 
     def at(count):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rmtdamp._checks import check_choice, check_every
+from rmtdamp._checks import check_choice, check_every, check_range
 from rmtdamp._sharding import automatic, typed_like
 from rmtdamp._tree import mean, vdot
 from rmtdamp.kronecker import (
@@ -315,6 +315,7 @@ def kfac(
     scaled = scale_by_kfac(
         measurer, damping=damping, tikhonov=tikhonov, refresh_every=refresh_every
     )
+    check_range("kl_clip", kl_clip, lambda x: x > 0, "above 0, or None for none")
     if kl_clip is not None:
         scaled = _clipped(scaled, learning_rate, kl_clip)
     return optimiser(

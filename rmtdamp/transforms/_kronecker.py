@@ -68,11 +68,12 @@ class KroneckerState(NamedTuple):
         """What a user should know of a run, in words; eager."""
         counters = self.kfac_measurements, self.kfac_rejections
         tried, rejected = map(np.asarray, counters)
-        if ((tried > 1) & (rejected == tried)).any():
+        if ((tried > 0) & (rejected == tried)).any():
             return [
                 "no measurement of the Kronecker factors was finite "
                 '(optax.tree.get(opt_state, "kfac_rejections")), so the curvature is '
-                "the identity: look at the loss, the data and the learning rate"
+                "the identity: look at the loss, the data and the learning rate; of a "
+                "loss whose scale cannot be found, num_terms of the factors tells"
             ]
         return []
 

@@ -21,7 +21,7 @@ import optax
 
 from rmtdamp._checks import check_loss_args
 from rmtdamp._jax import is_traced
-from rmtdamp._sharding import in_unchecked_shards
+from rmtdamp._sharding import in_unchecked_shards, varies
 from rmtdamp._tree import check_params, num_examples
 from rmtdamp._types import Batch, Params
 
@@ -202,8 +202,17 @@ def _refresh(measurer, measured, context):
 
 @jax.jit
 def _refresh_if(due, measurer, measured, context):
-    refresh = _looked_at(measurer, measured, context, within=True)
-    return jax.lax.cond(due, refresh, lambda: measured)
+    try:
+        refresh = _looked_at(measurer, measured, context, within=True)
+        return jax.lax.cond(due, refresh, lambda: measured)
+    except TypeError as error:
+        if "cond" not in str(error) or not varies(context.batch):
+            raise
+        raise TypeError(
+            "inside shard_map each device would hold a measurement of its own shard, "
+            "and the state is to be one: average the loss that is measured over the "
+            "mesh's axis, jax.lax.pmean(loss, axis_name), or take jit with shardings"
+        ) from error
 
 
 def _looked_at(measurer, measured, context, *, within: bool) -> Callable:

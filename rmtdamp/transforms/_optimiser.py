@@ -34,6 +34,16 @@ def check_damping(damping: Any) -> None:
     check_range("damping", damping, lambda x: x >= 0, "at least 0")
 
 
+def check_decays(**decays: Any) -> None:
+    """Refuse decays of averages and sums that are no share of the past.
+
+    Raises:
+        ValueError: a Python number outside [0, 1).
+    """
+    for name, decay in decays.items():
+        check_range(name, decay, lambda x: 0 <= x < 1, "in [0, 1)")
+
+
 def damping_in_force(
     name: str, given: Any, own: optax.ScalarOrSchedule | None, count: Any, dtype
 ) -> jax.Array:
@@ -94,7 +104,12 @@ def optimiser(
 
     Returns:
         Their chain.
+
+    Raises:
+        ValueError: a Python number out of its range.
     """
+    check_decays(momentum=momentum)
+    check_range("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
     decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
     return optax.chain(
         scaled,

@@ -57,7 +57,7 @@ class RitzSubspace(NamedTuple):
         """What a user should know of a run, in words; eager."""
         counters = self.subspace_refreshes, self.subspace_rejections
         tried, rejected = map(np.asarray, counters)
-        if ((tried > 1) & (rejected == tried)).any():
+        if ((tried > 0) & (rejected == tried)).any():
             return [
                 "no measurement of the Ritz subspace was finite "
                 '(optax.tree.get(opt_state, "subspace_rejections")), so the step is '
