@@ -203,9 +203,9 @@ def summed(logits, labels):
 def masked(logits, labels):
     """A mean over the labels that are not below 0."""
     logp = jnp.take_along_axis(
-        jax.nn.log_softmax(logits), jnp.maximum(labels, 0)[..., None], axis=-1
+        jax.nn.log_softmax(logits), jnp.clip(labels, 0, 3)[..., None], axis=-1
     )
-    counts = labels >= 0
+    counts = (labels >= 0) & (labels < 4)
     return -jnp.sum(jnp.where(counts, logp[..., 0], 0)) / jnp.sum(
         counts.astype(logp.dtype)
     )
@@ -237,6 +237,7 @@ INTEGERS = jnp.zeros((N, 2), jnp.int32)
         (cross_entropy, INTEGERS, {}),
         (summed, INTEGERS, {}),
         (masked, INTEGERS.at[jnp.arange(N), jnp.arange(N) % 2].set(-1), {}),
+        (masked, INTEGERS.at[jnp.arange(N), jnp.arange(N) % 2].set(255), {}),
         (mean_squared, normal(13, N, 2, 4), {"sample_fn": noisy}),
         (
             lambda z, y: 6 * mean_squared(z, y),
@@ -248,7 +249,15 @@ INTEGERS = jnp.zeros((N, 2), jnp.int32)
         (own_mean, INTEGERS, {}),
     ],
     ids=[
-        *("told", "mean", "sum", "masked mean", "regression", "scaled regression"),
+        *(
+            "told",
+            "mean",
+            "sum",
+            "masked mean",
+            "by 255",
+            "regression",
+            "scaled regression",
+        ),
         *("scaled", "by a constant", "mean of means"),
     ],
 )

@@ -99,8 +99,8 @@ class ModelFactors:
         blocks: from `make_blocks`.
         fisher: "sampled", "empirical" or "ggn".
         sample_fn: draws targets for "sampled"; the default suits logits and integer
-            labels, and keeps those below 0, by which a loss may leave places out. For
-            half the squared distance:
+            labels, and keeps those that are none (below 0, or 255 of 10 classes), by
+            which a loss may leave places out. For half the squared distance:
             `lambda key, z: z + jax.random.normal(key, z.shape)`.
         sharing: "expand" treats the T places as independent, "reduce" as parts of a
             mean: see `layer_record`.
@@ -258,7 +258,8 @@ class ModelFactors:
             sampled = (self.sample_fn or jax.random.categorical)(key, outputs)
             _check_sampled(sampled, targets)
             if self.sample_fn is None:
-                sampled = jnp.where(targets < 0, targets, sampled.astype(targets.dtype))
+                none = (targets < 0) | (targets >= outputs.shape[-1])
+                sampled = jnp.where(none, targets, sampled.astype(targets.dtype))
             targets = sampled
         gradient = jax.grad(self.criterion)(outputs, targets)
         if self.num_terms is not None:
@@ -646,7 +647,7 @@ def _weights(criterion, outputs, targets) -> tuple:
     signs = jnp.asarray(signs - signs.mean(), dtype)
     first, second = jax.jvp(slope, (zeros,), (jnp.broadcast_to(signs, zeros.shape),))
     c = classes * (second @ signs) / (signs @ signs)
-    label = jnp.maximum(targets, 0)[..., None]
+    label = jnp.clip(targets, 0, classes - 1)[..., None]
     at_label = jnp.take_along_axis(first, label, axis=-1)[..., 0]
     by_slope = (jnp.mean(first, axis=-1) - at_label) / (1 - 1 / classes)
     # Smoothed labels make the slope smaller. Places left out have neither.
