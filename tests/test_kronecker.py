@@ -333,6 +333,18 @@ def test_the_scale_of_other_losses_of_labels(criterion, num_terms):
     close(found, told)
 
 
+@pytest.mark.parametrize("way", ["on", "out"])
+def test_a_model_goes_on_with_what_the_tape_returns(way):
+    def model(params, x, tape):
+        y = x @ params["w"] + params["b"][None]
+        tape.linear("dense", x, y)
+        return jnp.tanh(y) if way == "on" else y
+
+    fn = dataclasses.replace(PLACES_FN, model_fn=model)
+    with pytest.raises(ValueError, match=r"its own outputs of layer 'dense', and not"):
+        fn(PLACES, (normal(10, N, 3), jnp.zeros((N, 4))), jax.random.key(11))
+
+
 def test_a_single_logit_has_no_label_to_draw():
     def model(params, x, tape):
         return single(params, x, tape)[:, :1]

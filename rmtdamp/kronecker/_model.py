@@ -13,20 +13,18 @@ Gradients are those of an example's own loss, N times the mean loss's.
 """
 
 import dataclasses
-import functools
-from collections import Counter
 from typing import Any, Literal, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rmtdamp._checks import check_choice, check_outputs, check_range, check_scalar, pair
-from rmtdamp._jax import depends, is_traced, matmul_precision
+from rmtdamp._jax import matmul_precision
 from rmtdamp._tree import accumulation_dtype, check_params, num_examples
 from rmtdamp._types import Batch, Criterion, Key, ModelFn, Params, SampleFn
 
 from ._blocks import Block
+from ._criterion import check_logits, check_sampled, hessian_roots, unweighted
 from ._factors import (
     Factors,
     LayerRecord,
@@ -34,6 +32,7 @@ from ._factors import (
     kronecker_factors,
     layer_record,
 )
+from ._shown import zeros_like_outputs
 from ._tape import Tape
 
 Fisher = Literal["sampled", "empirical", "ggn"]
@@ -234,7 +233,7 @@ class ModelFactors:
             outputs = {k: [y for _, y in pairs] for k, pairs in tape.calls.items()}
             return of(outputs), of(tape.kernels), result
 
-        taps = _zeros_like_outputs(seen, self.blocks, params, inputs, loss_args)
+        taps = zeros_like_outputs(seen, self.blocks, params, inputs, loss_args)
         outputs, pull, calls = jax.vjp(run, taps, has_aux=True)
         return outputs, calls, lambda direction: pull(direction)[0]
 
@@ -251,12 +250,12 @@ class ModelFactors:
         check_scalar(self.criterion, outputs, targets, ())
         count = num_examples(outputs)
         if self.fisher == "ggn":
-            return _hessian_roots(self.criterion, outputs, targets, count)
+            return hessian_roots(self.criterion, outputs, targets, count)
         if self.fisher == "sampled":
             if self.sample_fn is None:
-                _check_logits(outputs)
+                check_logits(outputs)
             sampled = (self.sample_fn or jax.random.categorical)(key, outputs)
-            _check_sampled(sampled, targets)
+            check_sampled(sampled, targets)
             if self.sample_fn is None:
                 none = (targets < 0) | (targets >= outputs.shape[-1])
                 sampled = jnp.where(none, targets, sampled.astype(targets.dtype))
@@ -265,7 +264,7 @@ class ModelFactors:
         if self.num_terms is not None:
             root = count * jnp.sqrt(self.num_terms)
         else:
-            root = count * _unweighted(self.criterion, outputs, targets, gradient)
+            root = count * unweighted(self.criterion, outputs, targets, gradient)
         return jax.tree.map(lambda u: (root.astype(u.dtype) * u)[None], gradient)
 
     def _record(self, block, calls, gradients, inputs, params):
@@ -368,326 +367,9 @@ class ModelFactors:
         return tuple(squares), {}
 
 
-def _zeros_like_outputs(seen, blocks, params, inputs, loss_args):
-    """Zeros for each call of a layer, whose place in the model is looked at first.
-
-    Args:
-        seen: (names or None, params, inputs, loss_args) -> outputs and kernels by name,
-            and what the model returns.
-        blocks: of the params.
-        params: pytree of arrays.
-        inputs: of the model.
-        loss_args: further arguments of the model.
-
-    Returns:
-        Per layer a list of arrays.
-
-    Raises:
-        ValueError: a layer's outputs belong to the inside of a scan, vmap, ..., or do
-            not depend on the inputs, or its kernel is not its parameter.
-    """
-
-    def trace(names):
-        look = jax.make_jaxpr(functools.partial(seen, names), return_shape=True)
-        try:
-            traced, found = look(params, inputs, loss_args)
-        except jax.errors.UnexpectedTracerError:
-            return None
-        # What came from neither arguments nor constants.
-        return None if is_traced(traced.consts) else (traced.jaxpr, *found)
-
-    whole = trace(None)
-    if whole is None:
-        named = [block.name for block in blocks if block.groups]
-        inside = [name for name in named if trace({name}) is None]
-        raise ValueError(
-            f"layers {', '.join(inside or named)} sit inside a transformed part of the "
-            "model (scan, vmap, jit, checkpoint), from which their inputs cannot be "
-            "handed out: leave them to diagonal blocks (layers=)"
-        )
-    jaxpr, outputs, kernels, _ = whole
-    first = len(jax.tree.leaves(params))
-    last = first + len(jax.tree.leaves(inputs))
-    follows = depends(jaxpr, jaxpr.invars[first:last])
-    for name, calls in outputs.items():
-        # A state of zeros is none of the inputs, at a layer's first call of several.
-        of_calls = [next(follows) for _ in calls]
-        shape = calls[0].shape
-        # Rows for each example may be there without depending on it (positions
-        # spread over the batch); the axis of a tap came first.
-        spread = len(shape) > 3 and shape[1] == num_examples(inputs)
-        if not any(of_calls) and not spread:
-            raise ValueError(
-                f"layer {name!r} has outputs of shape {shape[1:]} that do not "
-                "depend on the inputs, such as an embedding of positions: the "
-                "examples share them, so their gradients cannot be told apart; leave "
-                "it to a diagonal block (layers=, embeddings=)"
-            )
-    _check_kernels(jaxpr, blocks, outputs, kernels)
-    return jax.tree.map(lambda y: jnp.zeros(y.shape[1:], y.dtype), outputs)
-
-
-def _check_kernels(jaxpr, blocks, outputs, kernels) -> None:
-    """Refuse a layer whose product is not that with its own parameter, and that alone.
-
-    Args:
-        jaxpr: params first; returns `outputs`, `kernels` and what the model returns.
-        blocks: of the params.
-        outputs: per layer a list, one for each call.
-        kernels: the same, of the layers that show theirs.
-
-    Raises:
-        ValueError: there is one.
-    """
-    arguments, sources, uses, factors = _sources(jaxpr)
-    shown, made = iter(sources[len(jax.tree.leaves(outputs)) :]), iter(factors)
-    multiplied = {name: [next(made) for _ in calls] for name, calls in outputs.items()}
-    own = {block.name: [arguments[i] for i in block.leaves] for block in blocks}
-    for name, calls in kernels.items():
-        of_calls = [next(shown) for _ in calls]
-        if name not in own:  # a layer without a block of its own
-            continue
-        if any(x not in own[name] for x in of_calls):
-            raise ValueError(
-                f"layer {name!r} does not multiply by its parameter, but by what is "
-                "computed from it (WeightNorm, SpectralNorm, weight standardisation), "
-                "whose factors are not the parameter's: leave it to a diagonal block "
-                "(layers=)"
-            )
-        if not all(map(set.__contains__, multiplied[name], map(id, of_calls))):
-            raise ValueError(
-                f"layer {name!r} does more than multiply by its kernel (a dot_general "
-                "or conv_general_dilated of one's own that scales or rounds), and its "
-                "factors are those of the product alone: leave it to a diagonal block "
-                "(layers=)"
-            )
-        if uses[id(of_calls[0])] > len(calls):
-            raise ValueError(
-                f"layer {name!r} shares its kernel with another part of the model "
-                "(tied weights), whose curvature its Kronecker block would miss: leave "
-                "it to a diagonal block (layers=)"
-            )
-
-
-# What leaves an array's numbers as they are; what calls another jaxpr, one input each.
-_SAME = {"convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim"}
-_SAME |= {"copy", "sharding_constraint", "reshard", "pvary"}
-_CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"}
-_CALLS |= {"checkpoint", "remat", "remat2"}
-
-
-def _operations(jaxpr, given: list) -> tuple[list, list]:
-    """(name, inputs, outputs) of each operation, calls opened, and what it returns.
-
-    Returns:
-        Operations on objects that stand for arrays; the objects returned.
-    """
-    known = dict(zip(jaxpr.invars, given, strict=True))
-    read = lambda x: x if hasattr(x, "val") else known.setdefault(x, object())
-    found = []
-    for equation in jaxpr.eqns:
-        inputs = [read(x) for x in equation.invars]
-        bodies = [getattr(p, "jaxpr", p) for p in equation.params.values()]
-        bodies = [body for body in bodies if hasattr(body, "eqns")]
-        if equation.primitive.name in _CALLS and len(bodies) == 1:
-            more, outputs = _operations(bodies[0], inputs)
-            found += more
-        else:
-            outputs = [object() for _ in equation.outvars]
-            found.append((equation.primitive.name, inputs, outputs))
-        known.update(zip(equation.outvars, outputs, strict=True))
-    return found, [read(x) for x in jaxpr.outvars]
-
-
-def _sources(jaxpr) -> tuple[list, list, Counter, list[set[int]]]:
-    """Where the numbers of each output come from, unchanged.
-
-    Returns:
-        Objects that stand for the arguments; for each output one of these, or that of
-        an array that was computed; how many operations use the numbers of each, by its
-        id, of those on which an output depends; and for each output the ids of what was
-        multiplied to make it, perhaps with a bias added.
-    """
-    arguments = [object() for _ in jaxpr.invars]
-    operations, outputs = _operations(jaxpr, arguments)
-    source, alive = {}, {id(x) for x in outputs}
-    origin = lambda x: source.get(id(x), x)
-    for name, inputs, made in operations:
-        if name in _SAME:
-            source[id(made[0])] = origin(inputs[0])
-    uses = Counter()
-    for name, inputs, made in reversed(operations):
-        if alive.isdisjoint(map(id, made)):
-            continue
-        alive.update(map(id, inputs))
-        # What has no gradient adds nothing to the parameter's curvature.
-        if name not in _SAME | {"stop_gradient"}:
-            uses.update({id(origin(x)) for x in inputs})
-    maker = {id(x): operation for operation in operations for x in operation[2]}
-
-    def factors(x) -> set[int]:
-        name, inputs, _ = maker.get(id(origin(x)), ("", [], []))
-        if name in ("add", "add_any"):
-            return set().union(*map(factors, inputs))
-        products = "dot_general", "conv_general_dilated"
-        return {id(origin(y)) for y in inputs} if name in products else set()
-
-    return arguments, [origin(x) for x in outputs], uses, list(map(factors, outputs))
-
-
 def _each(pull, directions):
     """`pull` for each of C directions; one needs no batching."""
     if jax.tree.leaves(directions)[0].shape[0] > 1:
         return jax.vmap(pull)(directions)
     single = pull(jax.tree.map(lambda u: u[0], directions))
     return jax.tree.map(lambda x: x[None], single)
-
-
-def _hessian_roots(criterion, outputs, targets, count):
-    """u_c with sum_c u_c u_c^T the Hessian of each example's loss: (C, N, ...)."""
-    if not isinstance(outputs, jax.Array):
-        raise ValueError(
-            f"fisher='ggn' needs a model with one array of outputs, and got a "
-            f"{type(outputs).__name__}: take 'sampled' or 'empirical'"
-        )
-    flat = jnp.reshape(outputs, (count, -1))
-    dtype = accumulation_dtype(outputs)
-    flat = flat.astype(dtype)
-    loss = lambda z: criterion(
-        jnp.reshape(z, outputs.shape).astype(outputs.dtype), targets
-    ).astype(dtype)
-
-    def column(unit):
-        tangent = jnp.broadcast_to(unit[None], flat.shape)
-        return jax.jvp(jax.grad(loss), (flat,), (tangent,))[1]
-
-    hessian = count * jax.vmap(column)(jnp.eye(flat.shape[1], dtype=dtype))
-    hessian = jnp.moveaxis(hessian, 0, 2)
-    values, vectors = jnp.linalg.eigh((hessian + jnp.swapaxes(hessian, 1, 2)) / 2)
-    roots = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
-    roots = jnp.moveaxis(roots, 2, 0).astype(outputs.dtype)
-    return jnp.reshape(roots, (-1, *outputs.shape))
-
-
-def _check_logits(outputs) -> None:
-    """Refuse several outputs, and those of one column: there is nothing to draw."""
-    if not isinstance(outputs, jax.Array):
-        raise ValueError(
-            f"model_fn's outputs are a {type(outputs).__name__}, and labels are drawn "
-            "from one array of logits: hand over a sample_fn(key, outputs) that draws "
-            "targets like the batch's, or take fisher='empirical'"
-        )
-    shapes = [jnp.shape(x) for x in jax.tree.leaves(outputs)]
-    if any(shape[-1] == 1 for shape in shapes):
-        raise ValueError(
-            f"model_fn's outputs have shapes {shapes}, and among logits of length 1 "
-            "there is one label to draw: for a single logit hand over a sample_fn such "
-            "as lambda key, z: jax.random.bernoulli(key, jax.nn.sigmoid(z[:, 0])), of "
-            "the targets' shape and dtype, or take fisher='ggn'"
-        )
-
-
-def _unweighted(criterion, outputs, targets, gradient) -> jax.Array:
-    """What brings the gradients' squares to the Hessian's scale, as its root.
-
-    Where N times the loss is sum_i c_i l_i over targets i, l_i a negative logarithm of
-    a likelihood, the Hessian is the sum of c_i F_i, and gradients of c_i l_i give
-    c_i^2 F_i. So they are divided by the root of c_i.
-
-    Returns:
-        A scalar, or an array that multiplies the gradient, with an axis for classes.
-    """
-    if not all(isinstance(x, jax.Array | np.ndarray) for x in (outputs, targets)):
-        return jnp.ones(())
-    weights, known = _weights(criterion, outputs, targets)
-    try:
-        other = jnp.sqrt(_num_terms(criterion, outputs, targets, gradient))
-    except (TypeError, ValueError) as error:
-        # A mask of a fixed shape, say. In a compiled step nothing can be raised.
-        if weights is None or (not is_traced(known) and not known):
-            raise ValueError(
-                f"each example has targets of shape {targets.shape[1:]}, and whether "
-                "the loss is their mean or sum cannot be tried with twice as many "
-                f"({error}): hand over num_terms, their number if it is the mean, else "
-                "1"
-            ) from error
-        other = jnp.full((), jnp.nan)
-    if weights is None:
-        return other
-    root = jax.lax.rsqrt(jnp.where(weights > 0, weights, 1))
-    return jnp.where(known, root, other.astype(root.dtype))
-
-
-def _weights(criterion, outputs, targets) -> tuple:
-    """c, where N times the loss is sum_i c_i l_i of cross-entropies or squared errors.
-
-    At outputs of zero a softmax cross-entropy of label y among C has the gradient
-    c (1/C - e_y) and the Hessian c (I - 1/C) / C, half a squared error -c y and c I.
-    Whatever c may be, that both agree tells these losses from others.
-
-    Returns:
-        c, of the outputs' number of axes, and whether it is known, a scalar; None and
-        False if it cannot be.
-    """
-    dtype, count = accumulation_dtype(outputs), len(targets)
-    zeros = jnp.zeros(outputs.shape, dtype)
-    slope = jax.grad(lambda z: count * criterion(z, targets).astype(dtype))
-    if outputs.shape == targets.shape:
-        if not jnp.issubdtype(targets.dtype, jnp.inexact):
-            return None, False
-        first, c = jax.jvp(slope, (zeros,), (jnp.ones_like(zeros),))
-        size = lambda x: jnp.linalg.norm(jnp.ravel(x))
-        expected = c * targets.astype(dtype)
-        return c, (size(first + expected) <= 0.01 * size(expected)) & jnp.any(c > 0)
-    integers = jnp.issubdtype(targets.dtype, jnp.integer)
-    classes = outputs.shape[-1]
-    if outputs.shape[:-1] != targets.shape or not integers or classes < 2:
-        return None, False
-    signs = 1 - 2 * (np.arange(classes) % 2)
-    signs = jnp.asarray(signs - signs.mean(), dtype)
-    first, second = jax.jvp(slope, (zeros,), (jnp.broadcast_to(signs, zeros.shape),))
-    c = classes * (second @ signs) / (signs @ signs)
-    label = jnp.clip(targets, 0, classes - 1)[..., None]
-    at_label = jnp.take_along_axis(first, label, axis=-1)[..., 0]
-    by_slope = (jnp.mean(first, axis=-1) - at_label) / (1 - 1 / classes)
-    # Smoothed labels make the slope smaller. Places left out have neither.
-    agree = (c > 0.6 * by_slope) & (c < 1.7 * by_slope) | (c == 0) & (by_slope == 0)
-    return c[..., None], jnp.all(agree) & jnp.any(c > 0)
-
-
-def _num_terms(criterion, outputs, targets, gradient) -> jax.Array | float:
-    """Targets per example, where the loss is their mean; 1 where it is their sum.
-
-    Returns:
-        A number, of those that have a gradient.
-    """
-    if targets.size == len(targets):
-        return 1.0
-    places = targets.ndim
-    if outputs.shape[:places] != targets.shape:
-        return 1.0
-    twice = lambda x: jnp.concatenate([x, x], axis=1)
-    doubled = jax.grad(criterion)(twice(outputs), twice(targets))
-    size = lambda x: jnp.linalg.norm(jnp.ravel(x).astype(jnp.float32))
-    whole = size(gradient)
-    share = size(doubled[:, : targets.shape[1]]) / jnp.where(whole > 0, whole, 1)
-    rows = jnp.reshape(gradient, (*targets.shape, -1))
-    count = jnp.count_nonzero(jnp.any(rows != 0, axis=-1)) / len(targets)
-    return jnp.where(jnp.abs(share - 0.5) < 0.01, jnp.maximum(count, 1), 1)
-
-
-def _check_sampled(sampled, targets) -> None:
-    describe = lambda tree: [
-        (jnp.shape(x), jnp.issubdtype(jnp.result_type(x), jnp.floating))
-        for x in jax.tree.leaves(tree)
-    ]
-    if describe(sampled) != describe(targets):
-        shapes = [
-            [jnp.shape(x) for x in jax.tree.leaves(t)] for t in (sampled, targets)
-        ]
-        raise ValueError(
-            f"sampled targets have shapes {shapes[0]} and those of the batch "
-            f"{shapes[1]}, or integers meet floats: hand over sample_fn(key, outputs) "
-            "that draws targets of the batch's kind (the default draws integer labels "
-            "from logits), or take fisher='ggn'"
-        )
