@@ -302,6 +302,16 @@ def one_hot(labels):
     return jax.nn.one_hot(labels, 4)
 
 
+def soft(labels):
+    """Distributions of a teacher; those that are there stay."""
+    return labels if labels.ndim > 2 else 0.1 + 0.6 * one_hot(labels)
+
+
+def focal(logits, labels):
+    losses = optax.softmax_cross_entropy(logits, one_hot(labels))
+    return (1 - jnp.exp(-losses)) ** 2 * losses
+
+
 @pytest.mark.parametrize(
     ("criterion", "num_terms"),
     [
@@ -311,10 +321,12 @@ def one_hot(labels):
             lambda z, y: (
                 5 * jnp.mean(optax.softmax_cross_entropy(z, 0.05 + 0.8 * one_hot(y)))
             ),
-            2 / 5,
+            2 / 5 / 0.8**2,
         ),
+        (lambda z, y: jnp.sum(focal(z, y)) / N, 1),
+        (lambda z, y: 5 * jnp.mean(optax.softmax_cross_entropy(z, soft(y))), 2 / 5),
     ],
-    ids=["squared error of classes", "binary", "smoothed labels"],
+    ids=["squared error of classes", "binary", "smoothed", "focal", "distributions"],
 )
 def test_the_scale_of_other_losses_of_labels(criterion, num_terms):
     """Cross-entropy is recognised, with smoothed labels too, and nothing else is."""
@@ -325,7 +337,8 @@ def test_the_scale_of_other_losses_of_labels(criterion, num_terms):
         blocks=PLACES_FN.blocks,
         fisher="empirical",
     )
-    batch = normal(16, N, 2, 3), jax.random.randint(jax.random.key(3), (N, 2), 0, 4)
+    labels = jax.random.randint(jax.random.key(3), (N, 2), 0, 4)
+    batch = normal(16, N, 2, 3), soft(labels) if num_terms == 2 / 5 else labels
     found, told = (
         fn(PLACES, batch, jax.random.key(17)).kronecker[0].outputs
         for fn in (make(), make(num_terms=num_terms))

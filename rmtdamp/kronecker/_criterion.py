@@ -60,16 +60,16 @@ def unweighted(criterion, outputs, targets, gradient) -> jax.Array:
     c_i^2 F_i. So they are divided by the root of c_i.
 
     Returns:
-        A scalar, or an array that multiplies the gradient, with an axis for classes.
+        A scalar, or an array that multiplies the gradient.
     """
     if not all(isinstance(x, jax.Array | np.ndarray) for x in (outputs, targets)):
         return jnp.ones(())
-    weights, known = _weights(criterion, outputs, targets)
+    found, known = _recognised(criterion, outputs, targets)
     try:
         other = jnp.sqrt(_num_terms(criterion, outputs, targets, gradient))
     except (TypeError, ValueError) as error:
         # A mask of a fixed shape, say. In a compiled step nothing can be raised.
-        if weights is None or (not is_traced(known) and not known):
+        if found is None or (not is_traced(known) and not known):
             raise ValueError(
                 f"each example has targets of shape {targets.shape[1:]}, and whether "
                 "the loss is their mean or sum cannot be tried with twice as many "
@@ -77,47 +77,60 @@ def unweighted(criterion, outputs, targets, gradient) -> jax.Array:
                 "1"
             ) from error
         other = jnp.full((), jnp.nan)
-    if weights is None:
+    if found is None:
         return other
-    root = jax.lax.rsqrt(jnp.where(weights > 0, weights, 1))
-    return jnp.where(known, root, other.astype(root.dtype))
+    return jnp.where(known, found, other.astype(found.dtype))
 
 
-def _weights(criterion, outputs, targets) -> tuple:
-    """c, where N times the loss is sum_i c_i l_i of cross-entropies or squared errors.
+def _recognised(criterion, outputs, targets) -> tuple:
+    """`unweighted` for cross-entropies and squared errors with any weights.
 
-    At outputs of zero a softmax cross-entropy of label y among C has the gradient
-    c (1/C - e_y) and the Hessian c (I - 1/C) / C, half a squared error -c y and c I.
-    Whatever c may be, that both agree tells these losses from others.
+    At outputs of zero a softmax cross-entropy of C classes and a target y, one-hot or
+    any distribution, has the gradient c (1/C - y) and the Hessian c (I - 1/C) / C, half
+    a squared error -c y and c I. Whatever c may be, that both are there tells these
+    losses from others. Labels that the loss smooths by e make the gradient, and in the
+    mean that of labels drawn, smaller by 1 - e: s in place of c.
 
     Returns:
-        c, of the outputs' number of axes, and whether it is known, a scalar; None and
-        False if it cannot be.
+        An array like the outputs, or with one column, and whether it is known, a
+        scalar; None and False if it cannot be.
     """
-    dtype, count = accumulation_dtype(outputs), len(targets)
+    dtype, count, classes = accumulation_dtype(outputs), len(targets), outputs.shape[-1]
+    labels = jnp.issubdtype(targets.dtype, jnp.integer)
+    labels = labels and outputs.shape[:-1] == targets.shape and classes > 1
+    values = jnp.issubdtype(targets.dtype, jnp.inexact)
+    if not labels and not (values and outputs.shape == targets.shape):
+        return None, False
     zeros = jnp.zeros(outputs.shape, dtype)
     slope = jax.grad(lambda z: count * criterion(z, targets).astype(dtype))
-    if outputs.shape == targets.shape:
-        if not jnp.issubdtype(targets.dtype, jnp.inexact):
-            return None, False
-        first, c = jax.jvp(slope, (zeros,), (jnp.ones_like(zeros),))
-        size = lambda x: jnp.linalg.norm(jnp.ravel(x))
-        expected = c * targets.astype(dtype)
-        return c, (size(first + expected) <= 0.01 * size(expected)) & jnp.any(c > 0)
-    integers = jnp.issubdtype(targets.dtype, jnp.integer)
-    classes = outputs.shape[-1]
-    if outputs.shape[:-1] != targets.shape or not integers or classes < 2:
-        return None, False
-    signs = 1 - 2 * (np.arange(classes) % 2)
-    signs = jnp.asarray(signs - signs.mean(), dtype)
-    first, second = jax.jvp(slope, (zeros,), (jnp.broadcast_to(signs, zeros.shape),))
-    c = classes * (second @ signs) / (signs @ signs)
-    label = jnp.clip(targets, 0, classes - 1)[..., None]
-    at_label = jnp.take_along_axis(first, label, axis=-1)[..., 0]
-    by_slope = (jnp.mean(first, axis=-1) - at_label) / (1 - 1 / classes)
-    # Smoothed labels make the slope smaller. Places left out have neither.
-    agree = (c > 0.6 * by_slope) & (c < 1.7 * by_slope) | (c == 0) & (by_slope == 0)
-    return c[..., None], jnp.all(agree) & jnp.any(c > 0)
+    direction = 1.25 - 0.5 * (np.arange(classes) % 2)
+    along = jnp.broadcast_to(jnp.asarray(direction, dtype), zeros.shape)
+    first, second = jax.jvp(slope, (zeros,), (along,))
+    near = lambda a, b: (
+        jnp.linalg.norm(jnp.ravel(a - b)) <= 0.01 * jnp.linalg.norm(jnp.ravel(a))
+    )
+    y = jax.nn.one_hot(targets, classes, dtype=dtype) if labels else targets
+    y = y.astype(dtype)
+
+    inner = lambda a, b: jnp.sum(a * b, axis=-1, keepdims=True)
+    over = lambda a, b, otherwise: jnp.where(
+        b > 0, a / jnp.where(b > 0, b, 1), otherwise
+    )
+    centred = along - float(direction.mean())
+    c = over(classes * inner(second, centred), inner(centred, centred), 0)
+    u = 1 / classes - y
+    s = over(inner(first, u), inner(u, u), c)
+    entropies = near(first, s * u) & near(second, c / classes * centred)
+    # Places that are left out have neither.
+    entropies &= jnp.all((c > 0.4 * s) & (c < 2.5 * s) | (c == 0) & (s == 0))
+    root = over(jnp.sqrt(jnp.maximum(c, 0)), s, 1)
+    if labels:
+        return root, entropies & jnp.any(c > 0)
+    c_each = second / along
+    squares = near(first, -c_each * y) & jnp.any(c_each > 0)
+    of_squares = jax.lax.rsqrt(jnp.where(c_each > 0, c_each, 1))
+    known = squares | (entropies & jnp.any(c > 0))
+    return jnp.where(squares, of_squares, root), known
 
 
 def _num_terms(criterion, outputs, targets, gradient) -> jax.Array | float:

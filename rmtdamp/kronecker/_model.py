@@ -110,9 +110,10 @@ class ModelFactors:
         num_terms: what brings the squared gradients of "sampled" and "empirical" to the
             Hessian's scale, where it is known: independent terms per example that the
             loss takes the mean over, such as tokens, over the loss's factor. None finds
-            it. A sum of cross-entropies of integer labels, or of squared errors, with
-            any weights (classes, masks, a mean over tokens, a constant) is recognised,
-            and each target's gradient is divided by the root of its weight. Of another
+            it. A sum of softmax cross-entropies (of integer labels or distributions) or
+            of squared errors, with any weights (classes, masks, a mean over tokens, a
+            constant), is recognised, and each target's gradient is divided by the root
+            of its weight. Of another
             loss, which must be a negative log-likelihood without a factor, it is the
             number of targets that have a gradient, where an example has several and
             twice as many would halve the gradient of each; else 1.
