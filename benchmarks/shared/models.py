@@ -170,5 +170,6 @@ def build(name, num_classes, shape, width=1.0, seed=0) -> nnx.Module:
         "transformer": lambda: Transformer(
             num_classes, inputs, round(64 * width), rngs=rngs
         ),
+        "transformer-1m": lambda: Transformer(num_classes, inputs, 144, 4, rngs=rngs),
     }
     return make[name]()

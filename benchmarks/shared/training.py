@@ -305,8 +305,9 @@ def train(
 def train_scanned(
     folder: pathlib.Path, *, task: Row, method: Row, loss_factor: float = 1.0, **numbers
 ) -> Row:  # fmt: skip
-    """A network without convolutions, measured in the step, judged ten times."""
-    numbers |= {"factor": loss_factor, "num_evaluations": 10, "by_hand": False}
+    """Judged ten times; measured in the step, or by hand where convolutions need it."""
+    numbers = {"by_hand": False} | numbers
+    numbers |= {"factor": loss_factor, "num_evaluations": 10}
     made = Task(**task), Method(**method)
     done = fit(folder, *made, **numbers)
     names = (name for name in (*CURVES, *VALID) if name in done.curves)

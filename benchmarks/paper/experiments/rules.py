@@ -17,6 +17,7 @@ from benchmarks.shared.runs import Row, Run
 from benchmarks.shared.training import train_scanned
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+WIDER = (1e-4, 3e-4, *RATES)  # deep networks have their best below
 NEAR, SEEDS = 0.05, range(10)
 
 
@@ -48,6 +49,22 @@ TEXT = {
     "Shakespeare, transformer": (
         {"dataset": "tinyshakespeare", "model": "transformer"}
         | {"num_train": 5000, "num_test": 500, "num_valid": 500},
+        {"epochs": 3, "batch_size": 32},
+    ),
+}
+DEEP = {
+    f"CIFAR-100, {name}": (
+        {"dataset": "cifar-100", "model": model, "width": 0.125, "coarse": True}
+        | {"num_classes": 5, "num_train": 6000, "num_test": 2500, "num_valid": 880}
+        | {"pool": 2},
+        {"epochs": 20, "batch_size": 128, "by_hand": True},
+    )
+    for name, model in (("VGG-16", "vgg16"), ("VGG-16-BN", "vgg16-bn"))
+}
+LONG = {
+    "Shakespeare, 1.0M parameters": (
+        {"dataset": "tinyshakespeare", "model": "transformer-1m"}
+        | {"num_train": 4500, "num_test": 500, "num_valid": 500},
         {"epochs": 3, "batch_size": 32},
     ),
 }
@@ -114,16 +131,25 @@ def _runs(optimizer):
     return [run(s, *m, r, i) for s, m, r, i in itertools.product(*axes)]
 
 
-def _adam_and_its_rule(tasks, seeds):
+def _adam_and_its_rule(tasks, seeds, rates=RATES):
     """Adam as it comes and under its rule."""
     both = [m for m in _methods("adam") if _name(*m) in (ADAM, "aware floor")]
-    axes = tasks.values(), both, RATES, seeds
+    axes = tasks.values(), both, rates, seeds
     return [run(s, *m, r, i) for s, m, r, i in itertools.product(*axes)]
 
 
 def _text_runs():
     """Four seeds: a run takes up to a minute."""
     return _adam_and_its_rule(TEXT, range(4))
+
+
+def _deep_runs():
+    """With convolutions: measured by hand."""
+    return _adam_and_its_rule(DEEP, range(5), WIDER)
+
+
+def _long_runs():
+    return _adam_and_its_rule(LONG, range(2), WIDER)
 
 
 def _adam_held_out_runs():
@@ -154,11 +180,16 @@ def _held_out_runs():
 
 
 def with_chosen(rows):
-    """With the test loss and error of the epoch that validation chooses."""
+    """With the test loss and error of the epoch that validation chooses.
+
+    And with the loss that it would have chosen had the last tenth of the run been left
+    out, for what a method costs in time.
+    """
     for row in rows:
         curve = [math.inf if x is None or x != x else x for x in row["valid_loss"]]
         best = min(range(len(curve)), key=curve.__getitem__)
-        row["chosen_loss"] = curve[best]
+        early = min(range(len(curve) - 1), key=curve.__getitem__)
+        row["chosen_loss"], row["early_loss"] = curve[best], row["test_loss"][early]
         # Whoever diverged at once has learned nothing, which is no better than chance.
         for name in ("loss", "error"):
             row[f"best_{name}"] = row[f"test_{name}"][best]
@@ -175,7 +206,7 @@ def _name(method: Row, damping: float) -> str:
 
 
 def _heads(row):
-    tasks = TASKS | HELD_OUT_TASKS | TEXT
+    tasks = TASKS | HELD_OUT_TASKS | TEXT | DEEP | LONG
     task = next(k for k, (of, _) in tasks.items() if of == row["task"])
     return {"task": task, "damping": _name(row["method"], row["damping"])}
 
@@ -216,9 +247,10 @@ def _line(key, found):
         "best rate": chosen[0]["learning_rate"],
         "test loss there": cell(loss(chosen)),
         "error, %": cell(ends(chosen, "best_error", 100.0), 2),
+        "loss, 9/10 of the steps": cell(ends(chosen, "early_loss")),
         **{f"loss at {rate:g}": cell(loss(of)) for rate, of in rates.items()},
         "regret": round(regret(found, key), 3),
-        f"rates within 5 % (of {len(RATES)})": near(found, key),
+        f"rates within 5 % (of {len(rates)})": near(found, key),
     }
 
 
@@ -315,10 +347,19 @@ def _adam_checks(found):
     ]
 
 
+def _in_its_time(found, ours):
+    """With a tenth of the steps less, which is about what measuring takes."""
+    for task in _tasks(found):
+        rows, adam = (best_rate(found[task, name]) for name in (ours, ADAM))
+        text = f"{task}: {ours}, 9 of 10 evaluations, within 1 % of Adam at its own"
+        yield within(text, 0.01, ends(rows, "early_loss"), loss(adam))
+
+
 def _text_checks(found):
     ours = "aware floor"
     best = _at_best(found, ours, [ADAM], 0.01, "Adam at its own")
-    return [_below_all(found, ours, [ADAM]), *best, *_never_costs(found, ours, 1e-3)]
+    costs = [*_in_its_time(found, ours), *_never_costs(found, ours, 1e-3)]
+    return [_below_all(found, ours, [ADAM]), *best, *costs]
 
 
 def _panels(rows):
@@ -343,6 +384,8 @@ EXPERIMENTS = [
         ("rules_adam", functools.partial(_runs, "adam"), _adam_checks),
         ("rules_adam_held_out", _adam_held_out_runs, _adam_checks),
         ("rules_text", _text_runs, _text_checks),
+        ("rules_deep", _deep_runs, _text_checks),
+        ("rules_long", _long_runs, _text_checks),
         ("rules_lanczos", _lanczos_runs, _lanczos_checks),
         ("rules_lanczos_held_out", _held_out_runs, _lanczos_checks),
     )
