@@ -358,6 +358,93 @@ def test_a_model_goes_on_with_what_the_tape_returns(way):
         fn(PLACES, (normal(10, N, 3), jnp.zeros((N, 4))), jax.random.key(11))
 
 
+def channels_first(logits, labels):
+    return summed(jnp.moveaxis(logits, 1, 2), labels)
+
+
+TARGETS = {
+    "one-hot": (
+        lambda z, y: jnp.mean(optax.softmax_cross_entropy(z, y)),
+        one_hot(jnp.arange(2 * N).reshape(N, 2) % 4),
+        lambda z: z,
+        0.5,
+    ),
+    "a column of labels": (
+        lambda z, y: 7 * jnp.mean(cross_entropy(z, y[:, 0])),
+        jnp.arange(N)[:, None] % 4,
+        lambda z: z[:, 0],
+        7,
+    ),
+    "channels first": (
+        lambda z, y: 3 * channels_first(z, y) / y.shape[1],
+        jnp.arange(2 * N).reshape(N, 2) % 4,
+        lambda z: jnp.moveaxis(z, 1, 2),
+        1.5,
+    ),
+    "binary": (
+        lambda z, y: 3 * jnp.sum(optax.sigmoid_binary_cross_entropy(z, y)) / N,
+        jnp.asarray(np.arange(8 * N).reshape(N, 2, 4) % 3 == 0, float),
+        lambda z: z,
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_the_scale_of_targets_of_other_shapes(kind):
+    """The weight c of every target, against gradients divided by its root."""
+    criterion, targets, view, weight = TARGETS[kind]
+    make = functools.partial(
+        ModelFactors,
+        model_fn=lambda params, x, tape: view(single(params, x, tape)),
+        criterion=criterion,
+        blocks=PLACES_FN.blocks,
+        fisher="empirical",
+    )
+    batch = normal(16, N, 2, 3), targets
+    found, told = (
+        fn(PLACES, batch, jax.random.key(17)).kronecker[0].outputs
+        for fn in (make(), make(num_terms=1 / weight))
+    )
+    close(found, told)
+
+
+def test_the_scale_of_several_outputs_with_weights():
+    """A softmax, and sigmoids whose classes have weights of their own."""
+
+    def make(factors, weighted):
+        def criterion(outputs, targets):
+            found = optax.sigmoid_binary_cross_entropy(outputs["b"], targets["b"])
+            weights = 1 + weighted * targets["b"] * jnp.arange(4.0)[None, None]
+            first = jnp.sum(
+                optax.softmax_cross_entropy_with_integer_labels(
+                    outputs["a"], targets["a"]
+                )
+            )
+            second = jnp.sum(weights * found)
+            return (factors[0] * first + factors[1] * second) / N
+
+        def model(params, x, tape):
+            z = single(params, x, tape)
+            return {"a": z, "b": 2 * z}
+
+        fn = ModelFactors(
+            model_fn=model,
+            criterion=criterion,
+            blocks=PLACES_FN.blocks,
+            fisher="empirical",
+        )
+        labels = jnp.arange(2 * N).reshape(N, 2) % 4
+        targets = {"a": labels, "b": one_hot(labels)}
+        batch = normal(16, N, 2, 3), targets
+        return fn(PLACES, batch, jax.random.key(17)).records[0][1]
+
+    plain = [make(factors, 0) for factors in ((1, 0), (0, 1))]
+    # The gradients of both add up in a layer, each over the root of its weight.
+    close(make((4, 9), 0), 2 * plain[0] + 3 * plain[1])
+    assert jnp.max(jnp.abs(make((4, 9), 1) - make((4, 9), 0))) > 0.1
+
+
 def test_a_single_logit_has_no_label_to_draw():
     def model(params, x, tape):
         return single(params, x, tape)[:, :1]

@@ -1,5 +1,7 @@
 """A loss of outputs and targets -> gradients whose squares have its Hessian's scale."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +54,7 @@ def check_logits(outputs) -> None:
         )
 
 
-def unweighted(criterion, outputs, targets, gradient) -> jax.Array:
+def unweighted(criterion, outputs, targets, gradient):
     """What brings the gradients' squares to the Hessian's scale, as its root.
 
     Where N times the loss is sum_i c_i l_i over targets i, l_i a negative logarithm of
@@ -60,77 +62,123 @@ def unweighted(criterion, outputs, targets, gradient) -> jax.Array:
     c_i^2 F_i. So they are divided by the root of c_i.
 
     Returns:
-        A scalar, or an array that multiplies the gradient.
+        A tree like the outputs, of scalars and arrays that multiply the gradient.
     """
-    if not all(isinstance(x, jax.Array | np.ndarray) for x in (outputs, targets)):
-        return jnp.ones(())
-    found, known = _recognised(criterion, outputs, targets)
-    try:
-        other = jnp.sqrt(_num_terms(criterion, outputs, targets, gradient))
-    except (TypeError, ValueError) as error:
-        # A mask of a fixed shape, say. In a compiled step nothing can be raised.
-        if found is None or (not is_traced(known) and not known):
-            raise ValueError(
-                f"each example has targets of shape {targets.shape[1:]}, and whether "
-                "the loss is their mean or sum cannot be tried with twice as many "
-                f"({error}): hand over num_terms, their number if it is the mean, else "
-                "1"
-            ) from error
-        other = jnp.full((), jnp.nan)
-    if found is None:
-        return other
-    return jnp.where(known, found, other.astype(found.dtype))
+    leaves, treedef = jax.tree.flatten(outputs)
+    given = jax.tree.leaves(targets)
+    single = len(leaves) == len(given) == 1
+    arrays = all(isinstance(x, jax.Array | np.ndarray) for x in given)
+    if not arrays or not (single or jax.tree.structure(targets) == treedef):
+        return jax.tree.map(lambda _: jnp.ones(()), outputs)
+    found = _recognised(criterion, outputs, targets)
+    others = [jnp.ones(())] * len(leaves)
+    if single and isinstance(outputs, jax.Array) and given[0] is targets:
+        try:
+            others = [jnp.sqrt(_num_terms(criterion, outputs, targets, gradient))]
+        except (TypeError, ValueError) as error:
+            # A mask of a fixed shape, say. In a compiled step nothing can be raised.
+            known = found[0][1]
+            if not is_traced(known) and not known:
+                raise ValueError(
+                    f"each example has targets of shape {targets.shape[1:]}, and "
+                    "whether the loss is their mean or sum cannot be tried with twice "
+                    f"as many ({error}): hand over num_terms, their number if it is "
+                    "the mean, else 1"
+                ) from error
+            others = [jnp.full((), jnp.nan)]
+    pairs = zip(found, others, strict=True)
+    roots = [jnp.where(known, x, other.astype(x.dtype)) for (x, known), other in pairs]
+    return jax.tree.unflatten(treedef, roots)
 
 
-def _recognised(criterion, outputs, targets) -> tuple:
+def _recognised(criterion, outputs, targets) -> list[tuple]:
     """`unweighted` for cross-entropies and squared errors with any weights.
 
-    At outputs of zero a softmax cross-entropy of C classes and a target y, one-hot or
-    any distribution, has the gradient c (1/C - y) and the Hessian c (I - 1/C) / C, half
-    a squared error -c y and c I. Whatever c may be, that both are there tells these
-    losses from others. Labels that the loss smooths by e make the gradient, and in the
-    mean that of labels drawn, smaller by 1 - e: s in place of c.
+    Each shows its gradient and its Hessian at outputs of zero, whatever c may be, and
+    that both are there tells it from other losses: for a target y, one-hot or any
+    distribution,
+
+        softmax cross-entropy of C classes    c (1/C - y)    c (I - 1/C) / C
+        sigmoid cross-entropy                 c (1/2 - y)    c / 4
+        half a squared error                  -c y           c
+
+    Labels that the loss smooths by e make the first gradient, and in the mean that of
+    labels drawn, smaller by 1 - e: s in place of c.
 
     Returns:
-        An array like the outputs, or with one column, and whether it is known, a
-        scalar; None and False if it cannot be.
+        For each leaf an array that broadcasts with it, and whether it is known.
     """
-    dtype, count, classes = accumulation_dtype(outputs), len(targets), outputs.shape[-1]
-    labels = jnp.issubdtype(targets.dtype, jnp.integer)
-    labels = labels and outputs.shape[:-1] == targets.shape and classes > 1
-    values = jnp.issubdtype(targets.dtype, jnp.inexact)
-    if not labels and not (values and outputs.shape == targets.shape):
-        return None, False
-    zeros = jnp.zeros(outputs.shape, dtype)
-    slope = jax.grad(lambda z: count * criterion(z, targets).astype(dtype))
-    direction = 1.25 - 0.5 * (np.arange(classes) % 2)
-    along = jnp.broadcast_to(jnp.asarray(direction, dtype), zeros.shape)
-    first, second = jax.jvp(slope, (zeros,), (along,))
-    near = lambda a, b: (
-        jnp.linalg.norm(jnp.ravel(a - b)) <= 0.01 * jnp.linalg.norm(jnp.ravel(a))
-    )
-    y = jax.nn.one_hot(targets, classes, dtype=dtype) if labels else targets
-    y = y.astype(dtype)
+    leaves, treedef = jax.tree.flatten(outputs)
+    pairs = [
+        _aligned(z, y) for z, y in zip(leaves, jax.tree.leaves(targets), strict=True)
+    ]
+    count = leaves[0].shape[0]
 
-    inner = lambda a, b: jnp.sum(a * b, axis=-1, keepdims=True)
+    def slope(z):
+        value = lambda z: criterion(jax.tree.unflatten(treedef, z), targets)
+        return jax.grad(lambda z: count * value(z).astype(accumulation_dtype(z)))(z)
+
+    zeros = [jnp.zeros(z.shape, accumulation_dtype(z)) for z in leaves]
+    along = [_direction(z, pair) for z, pair in zip(zeros, pairs, strict=True)]
+    both = jax.jvp(slope, (zeros,), (along,))
+    parts = zip(pairs, along, *both, strict=True)
+    return [(jnp.ones(()), False) if p is None else _root(*p, *x) for p, *x in parts]
+
+
+def _aligned(z, y) -> tuple | None:
+    """Targets in the outputs' shape, the axis of the classes, and are they labels?"""
+    integers = jnp.issubdtype(y.dtype, jnp.integer)
+    last, dtype = z.ndim - 1, accumulation_dtype(z)
+    if y.shape == (*z.shape[:-1], 1) and z.shape[-1] > 1:
+        y = y[..., 0]
+    if z.shape == (*y.shape, 1):
+        y = y[..., None]
+    if y.shape == z.shape and (integers or jnp.issubdtype(y.dtype, jnp.inexact)):
+        return y.astype(dtype), last, False
+    for axis in (last, 1):
+        rest = z.shape[:axis] + z.shape[axis + 1 :]
+        if integers and y.shape == rest and axis > 0 and z.shape[axis] > 1:
+            return jax.nn.one_hot(y, z.shape[axis], dtype=dtype, axis=axis), axis, True
+    return None
+
+
+def _direction(z, aligned) -> jax.Array:
+    """1.25 and 0.75 in turn over the classes: no loss here is flat along it."""
+    axis = z.ndim - 1 if aligned is None else aligned[1]
+    shape = [1] * z.ndim
+    if z.ndim:
+        shape[axis] = z.shape[axis]
+    steps = 1.25 - 0.5 * (np.arange(math.prod(shape)) % 2)
+    return jnp.broadcast_to(jnp.asarray(steps.reshape(shape), z.dtype), z.shape)
+
+
+def _root(y, axis, labels, along, first, second) -> tuple:
+    """`unweighted` for one leaf, and whether its loss is one of the three."""
+    classes = y.shape[axis]
+    size = lambda x: jnp.linalg.norm(jnp.ravel(x))
+    near = lambda a, b: size(a - b) <= 0.01 * size(a)
+    inner = lambda a, b: jnp.sum(a * b, axis=axis, keepdims=True)
     over = lambda a, b, otherwise: jnp.where(
         b > 0, a / jnp.where(b > 0, b, 1), otherwise
     )
-    centred = along - float(direction.mean())
+    of = lambda c: jax.lax.rsqrt(jnp.where(c > 0, c, 1))
+
+    centred = along - jnp.mean(along, axis=axis, keepdims=True)
     c = over(classes * inner(second, centred), inner(centred, centred), 0)
     u = 1 / classes - y
     s = over(inner(first, u), inner(u, u), c)
-    entropies = near(first, s * u) & near(second, c / classes * centred)
+    softmax = near(first, s * u) & near(second, c / classes * centred)
     # Places that are left out have neither.
-    entropies &= jnp.all((c > 0.4 * s) & (c < 2.5 * s) | (c == 0) & (s == 0))
+    softmax &= jnp.all((c > 0.4 * s) & (c < 2.5 * s) | (c == 0) & (s == 0))
+    softmax &= jnp.any(c > 0)
     root = over(jnp.sqrt(jnp.maximum(c, 0)), s, 1)
     if labels:
-        return root, entropies & jnp.any(c > 0)
-    c_each = second / along
-    squares = near(first, -c_each * y) & jnp.any(c_each > 0)
-    of_squares = jax.lax.rsqrt(jnp.where(c_each > 0, c_each, 1))
-    known = squares | (entropies & jnp.any(c > 0))
-    return jnp.where(squares, of_squares, root), known
+        return root, softmax
+    each = second / along
+    square = near(first, -each * y) & jnp.any(each > 0)
+    sigmoid = near(first, 4 * each * (0.5 - y)) & jnp.any(each > 0)
+    root = jnp.where(square, of(each), jnp.where(sigmoid, of(4 * each), root))
+    return root, softmax | square | sigmoid
 
 
 def _num_terms(criterion, outputs, targets, gradient) -> jax.Array | float:

@@ -110,10 +110,11 @@ class ModelFactors:
         num_terms: what brings the squared gradients of "sampled" and "empirical" to the
             Hessian's scale, where it is known: independent terms per example that the
             loss takes the mean over, such as tokens, over the loss's factor. None finds
-            it. A sum of softmax cross-entropies (of integer labels or distributions) or
-            of squared errors, with any weights (classes, masks, a mean over tokens, a
-            constant), is recognised, and each target's gradient is divided by the root
-            of its weight. Of another
+            it. A sum of softmax cross-entropies (of integer labels or distributions),
+            of sigmoid cross-entropies or of squared errors, of one array of outputs or
+            a tree of them with targets alike, with any weights (classes, masks, a mean
+            over tokens, a constant), is recognised, and each target's gradient is
+            divided by the root of its weight. Of another
             loss, which must be a negative log-likelihood without a factor, it is the
             number of targets that have a gradient, where an example has several and
             twice as many would halve the gradient of each; else 1.
@@ -262,11 +263,13 @@ class ModelFactors:
                 sampled = jnp.where(none, targets, sampled.astype(targets.dtype))
             targets = sampled
         gradient = jax.grad(self.criterion)(outputs, targets)
-        if self.num_terms is not None:
-            root = count * jnp.sqrt(self.num_terms)
+        if self.num_terms is None:
+            roots = unweighted(self.criterion, outputs, targets, gradient)
         else:
-            root = count * unweighted(self.criterion, outputs, targets, gradient)
-        return jax.tree.map(lambda u: (root.astype(u.dtype) * u)[None], gradient)
+            root = jnp.sqrt(jnp.asarray(self.num_terms))
+            roots = jax.tree.map(lambda _: root, gradient)
+        own = lambda u, root: ((count * root).astype(u.dtype) * u)[None]
+        return jax.tree.map(own, gradient, roots)
 
     def _record(self, block, calls, gradients, inputs, params):
         count = num_examples(inputs)
