@@ -118,7 +118,8 @@ def _recognised(criterion, outputs, targets) -> list[tuple]:
         value = lambda z: criterion(jax.tree.unflatten(treedef, z), targets)
         return jax.grad(lambda z: count * value(z).astype(accumulation_dtype(z)))(z)
 
-    zeros = [jnp.zeros(z.shape, accumulation_dtype(z)) for z in leaves]
+    # Like the outputs: on an explicit mesh they lie where these do.
+    zeros = [jnp.zeros_like(z, accumulation_dtype(z)) for z in leaves]
     along = [_direction(z, pair) for z, pair in zip(zeros, pairs, strict=True)]
     both = jax.jvp(slope, (zeros,), (along,))
     parts = zip(pairs, along, *both, strict=True)
@@ -143,19 +144,19 @@ def _aligned(z, y) -> tuple | None:
 
 
 def _direction(z, aligned) -> jax.Array:
-    """1.25 and 0.75 in turn over the classes: no loss here is flat along it."""
+    """Zeros z -> 1.25 and 0.75 in turn over the classes: no loss is flat along it."""
     axis = z.ndim - 1 if aligned is None else aligned[1]
     shape = [1] * z.ndim
     if z.ndim:
         shape[axis] = z.shape[axis]
     steps = 1.25 - 0.5 * (np.arange(math.prod(shape)) % 2)
-    return jnp.broadcast_to(jnp.asarray(steps.reshape(shape), z.dtype), z.shape)
+    return z + jnp.asarray(steps.reshape(shape), z.dtype)
 
 
 def _root(y, axis, labels, along, first, second) -> tuple:
     """`unweighted` for one leaf, and whether its loss is one of the three."""
     classes = y.shape[axis]
-    size = lambda x: jnp.linalg.norm(jnp.ravel(x))
+    size = lambda x: jnp.sqrt(jnp.sum(jnp.square(x)))
     near = lambda a, b: size(a - b) <= 0.01 * size(a)
     inner = lambda a, b: jnp.sum(a * b, axis=axis, keepdims=True)
     over = lambda a, b, otherwise: jnp.where(
