@@ -27,6 +27,16 @@ def check_range(
         raise ValueError(f"{name} is {value}, and must be {bound}")
 
 
+def check_decays(**decays: Any) -> None:
+    """Refuse decays of averages and sums that are no share of the past.
+
+    Raises:
+        ValueError: a Python number outside [0, 1).
+    """
+    for name, decay in decays.items():
+        check_range(name, decay, lambda x: 0 <= x < 1, "in [0, 1)")
+
+
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Refuse what is none of the choices.
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rmtdamp._checks import check_range
+from rmtdamp._checks import check_decays, check_range
 from rmtdamp.hessian import HessianMoments
 from rmtdamp.stability import stable_learning_rate
 
@@ -293,7 +293,7 @@ class StabilityFloor:
 
     def __post_init__(self) -> None:
         check_range("safety", self.safety, lambda x: x > 0, "above 0")
-        check_range("momentum", self.momentum, lambda x: 0 <= x < 1, "in [0, 1)")
+        check_decays(momentum=self.momentum)
 
     @classmethod
     def for_adam(cls, b1: float = 0.9) -> "StabilityFloor":

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmtdamp._jax import is_traced
-from rmtdamp._tree import accumulation_dtype
+from rmtdamp._tree import accumulation_dtype, num_examples
 
 
 def hessian_roots(criterion, outputs, targets, count):
@@ -112,7 +112,7 @@ def _recognised(criterion, outputs, targets) -> list[tuple]:
     pairs = [
         _aligned(z, y) for z, y in zip(leaves, jax.tree.leaves(targets), strict=True)
     ]
-    count = leaves[0].shape[0]
+    count = num_examples(outputs)
 
     def slope(z):
         value = lambda z: criterion(jax.tree.unflatten(treedef, z), targets)
@@ -147,8 +147,7 @@ def _direction(z, aligned) -> jax.Array:
     """Zeros z -> 1.25 and 0.75 in turn over the classes: no loss is flat along it."""
     axis = z.ndim - 1 if aligned is None else aligned[1]
     shape = [1] * z.ndim
-    if z.ndim:
-        shape[axis] = z.shape[axis]
+    shape[axis] = z.shape[axis]
     steps = 1.25 - 0.5 * (np.arange(math.prod(shape)) % 2)
     return z + jnp.asarray(steps.reshape(shape), z.dtype)
 

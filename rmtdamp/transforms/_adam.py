@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rmtdamp._checks import check_choice, check_range
+from rmtdamp._checks import check_choice, check_decays, check_range
 from rmtdamp._tree import mean, norm, size
 
-from ._optimiser import by_learning_rate, check_damping, check_decays, check_one, is_one
+from ._optimiser import by_learning_rate, check_damping, check_one, is_one
 
 Form = Literal["damping", "shrinkage", "length", "avagrad"]
 

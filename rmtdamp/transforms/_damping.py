@@ -31,7 +31,7 @@ from rmtdamp.damping import (
 
 from ._learner import DampingLearner
 from ._measurer import Context, check_whole, refresh_in_step
-from ._optimiser import check_damping, is_one
+from ._optimiser import check_damping, check_learning_rate, is_one
 from ._ritz import RitzSubspace
 
 
@@ -380,7 +380,7 @@ def auto_damping(
     if not isinstance(learner, DampingLearner):
         learner = DampingLearner(learner)
     check_every("refresh_every", refresh_every, or_never=True)
-    check_range("learning_rate", learning_rate, lambda x: x >= 0, "at least 0")
+    check_learning_rate(learning_rate)
     inner = _taking_damping(inner)
     needed, relative = needs_of(learner.rule), is_relative(learner.rule)
     own = learning_rate

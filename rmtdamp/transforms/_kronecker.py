@@ -8,9 +8,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from rmtdamp._checks import check_every, check_range
+from rmtdamp._checks import check_decays, check_every
 from rmtdamp._jax import is_traced
 from rmtdamp._tree import accumulation_dtype
 from rmtdamp._types import Params
@@ -23,7 +22,7 @@ from rmtdamp.kronecker import (
     second_moments,
 )
 
-from ._measurer import Context, is_due, with_numbers
+from ._measurer import Context, is_due, none_usable, with_numbers
 
 
 class KroneckerState(NamedTuple):
@@ -66,9 +65,7 @@ class KroneckerState(NamedTuple):
 
     def problems(self) -> list[str]:
         """What a user should know of a run, in words; eager."""
-        counters = self.kfac_measurements, self.kfac_rejections
-        tried, rejected = map(np.asarray, counters)
-        if ((tried > 0) & (rejected == tried)).any():
+        if none_usable(self.kfac_measurements, self.kfac_rejections):
             return [
                 "no measurement of the Kronecker factors was finite "
                 '(optax.tree.get(opt_state, "kfac_rejections")), so the curvature is '
@@ -147,7 +144,7 @@ class KroneckerMeasurer:
                 "rmtdamp.flax.linen_factors(...) or rmtdamp.kronecker.ModelFactors; a "
                 "loss function does not show them"
             )
-        check_range("decay", self.decay, lambda x: 0 <= x < 1, "in [0, 1)")
+        check_decays(decay=self.decay)
         check_every("eigen_every", self.eigen_every)
 
     def init(self, params: Params) -> KroneckerState:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rmtdamp._basis import draw, normalised, unpack
-from rmtdamp._checks import check_range
+from rmtdamp._checks import check_decays, check_range
 from rmtdamp._jax import is_traced, matmul_precision
 from rmtdamp._parts import Labels, Parts, as_function, parts_of
 from rmtdamp._sharding import regrouped
@@ -130,7 +130,7 @@ class DampingLearner:
                 "instance, rmtdamp.StabilityFloor()"
             )
         check_range("floor", self.floor, lambda x: x >= 0, "at least 0")
-        check_range("decay", self.decay, lambda x: 0 <= x < 1, "in [0, 1)")
+        check_decays(decay=self.decay)
         bound = self.min_shrinkage
         check_range("min_shrinkage", bound, lambda x: 0 < x < 1, "in (0, 1)")
         num = self.num_microbatches

@@ -324,6 +324,16 @@ def refresh_in_step(
     return _refresh_if(due, measurer, state.measured, context)
 
 
+def none_usable(tried: Any, rejected: Any) -> bool:
+    """Whether a run, or one of many, has had every measurement rejected.
+
+    Returns:
+        A bool; eager.
+    """
+    tried, rejected = map(np.asarray, (tried, rejected))
+    return bool(((tried > 0) & (rejected == tried)).any())
+
+
 def _is_variable(node) -> bool:
     """Whether this is one of the variables in which Flax's nnx keeps each array."""
     return hasattr(node, "get_raw_value")

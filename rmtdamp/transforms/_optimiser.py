@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rmtdamp._checks import check_range
+from rmtdamp._checks import check_decays, check_range
 
 
 def by_learning_rate(
@@ -21,8 +21,17 @@ def by_learning_rate(
         ValueError: a Python number below 0, or NaN.
         TypeError: a string.
     """
-    check_range("learning_rate", learning_rate, lambda x: x >= 0, "at least 0")
+    check_learning_rate(learning_rate)
     return optax.scale_by_learning_rate(learning_rate)
+
+
+def check_learning_rate(learning_rate: Any) -> None:
+    """Refuse a negative Python number.
+
+    Raises:
+        ValueError: `learning_rate` is one, or NaN.
+    """
+    check_range("learning_rate", learning_rate, lambda x: x >= 0, "at least 0")
 
 
 def check_damping(damping: Any) -> None:
@@ -32,16 +41,6 @@ def check_damping(damping: Any) -> None:
         ValueError: `damping` is one.
     """
     check_range("damping", damping, lambda x: x >= 0, "at least 0")
-
-
-def check_decays(**decays: Any) -> None:
-    """Refuse decays of averages and sums that are no share of the past.
-
-    Raises:
-        ValueError: a Python number outside [0, 1).
-    """
-    for name, decay in decays.items():
-        check_range(name, decay, lambda x: 0 <= x < 1, "in [0, 1)")
 
 
 def damping_in_force(

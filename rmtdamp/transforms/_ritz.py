@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rmtdamp._basis import zeros
 from rmtdamp._checks import check_choice
@@ -18,7 +17,7 @@ from rmtdamp._types import Key, LossFn, Matvec, Params
 from rmtdamp.hessian import hessian_matvec, lanczos, moments
 from rmtdamp.rmt import rotationally_invariant_shrinkage
 
-from ._measurer import Context, with_numbers
+from ._measurer import Context, none_usable, with_numbers
 
 Start = Literal["random", "gradient"] | Callable[[Key, Params], Params]
 Cleaning = Literal["rotationally_invariant"]
@@ -55,9 +54,7 @@ class RitzSubspace(NamedTuple):
 
     def problems(self) -> list[str]:
         """What a user should know of a run, in words; eager."""
-        counters = self.subspace_refreshes, self.subspace_rejections
-        tried, rejected = map(np.asarray, counters)
-        if ((tried > 0) & (rejected == tried)).any():
+        if none_usable(self.subspace_refreshes, self.subspace_rejections):
             return [
                 "no measurement of the Ritz subspace was finite "
                 '(optax.tree.get(opt_state, "subspace_rejections")), so the step is '

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rmtdamp._checks import check_every, check_range
+from rmtdamp._checks import check_decays, check_every
 from rmtdamp._jax import matmul_precision
 from rmtdamp._sharding import automatic, typed_like
 from rmtdamp._tree import accumulation_dtype
@@ -202,7 +202,7 @@ def scale_by_shampoo(
         raise ValueError(
             f"exponents is {exponents}: take one number or a pair, at least 0"
         )
-    check_range("decay", decay, lambda x: 0 <= x < 1, "in [0, 1)")
+    check_decays(decay=decay)
     check_every("eigen_every", eigen_every)
     if not isinstance(max_side, int) or max_side < 1:
         raise ValueError(
