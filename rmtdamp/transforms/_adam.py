@@ -320,7 +320,8 @@ def adam_shrinkage(
         A gradient transformation.
 
     Raises:
-        ValueError: an unknown `form`, a negative damping or learning rate.
+        ValueError: an unknown `form`, a negative damping or learning rate, another
+            number out of its range.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -386,7 +387,8 @@ def adamw_shrinkage(
         A gradient transformation.
 
     Raises:
-        ValueError: an unknown `form`, a negative damping or learning rate.
+        ValueError: an unknown `form`, a negative damping or learning rate, another
+            number out of its range.
 
     Example:
         >>> import jax.numpy as jnp

@@ -346,8 +346,8 @@ def auto_damping(
         A gradient transformation.
 
     Raises:
-        ValueError: `refresh_every` below 1, an inner transformation that ignores
-            `damping`; from `init`: one that holds one itself, params with holes; from
+        ValueError: `refresh_every` below 1, a negative learning rate, an inner
+            transformation that ignores `damping`; from `init`: one that holds one itself, params with holes; from
             `update`: params or batch missing, a bad batch, a `damping` from outside, no
             learning rate where the rule needs one.
         TypeError: params that are not real floats, or a loss that is not a scalar.
@@ -469,8 +469,8 @@ def set_damping(
         A gradient transformation.
 
     Raises:
-        ValueError: a negative number, a tree that is no prefix of params, an inner
-            transformation that ignores `damping` or holds one itself, a `damping` from
+        ValueError: a negative number, a target that is not above 0, a tree that is no
+            prefix of params, an inner transformation that ignores `damping` or holds one itself, a `damping` from
             outside.
 
     Example:
