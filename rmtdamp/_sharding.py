@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ._types import Params
 
@@ -145,6 +145,47 @@ def automatic(function: Callable, out: Callable, *args) -> Any:
     if explicitly_split(args) is None:
         return function(*args)
     return jax.sharding.auto_axes(function, out_sharding=out())(*args)
+
+
+def spread(
+    function: Callable, items: Sequence, costs: Sequence[float], mesh: Mesh
+) -> list:
+    """`[function(x) for x in items]`, each on one device; what is found is on all.
+
+    Args:
+        function: of a pytree of arrays that every device holds whole, to arrays.
+        items: what it is called with.
+        costs: of the calls, to share them out evenly: the dearest first, each to the
+            device that has the least.
+        mesh: of devices.
+
+    Returns:
+        A list.
+    """
+    loads, owners = [0.0] * mesh.size, [0] * len(items)
+    for i in sorted(range(len(items)), key=lambda i: -costs[i]):
+        owners[i] = loads.index(min(loads))
+        loads[owners[i]] += costs[i]
+
+    def on_each(items):
+        device = jax.lax.axis_index(mesh.axis_names)
+        found = []
+        for owner, x in zip(owners, items, strict=True):
+            like = jax.eval_shape(function, x)
+            zeros = lambda x, like=like: jax.tree.map(
+                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like
+            )
+            found.append(jax.lax.cond(device == owner, function, zeros, x))
+        return jax.lax.psum(found, mesh.axis_names)
+
+    whole = PartitionSpec()
+    return jax.shard_map(
+        on_each,
+        mesh=mesh,
+        in_specs=whole,
+        out_specs=whole,
+        check_vma=False,  # each device takes a branch of its own
+    )(list(items))
 
 
 def regrouped(x: jax.Array, num: int) -> jax.Array:

@@ -6,6 +6,7 @@ compiled program.
 """
 
 import functools
+import re
 
 import chex
 import jax
@@ -345,3 +346,51 @@ def test_a_scalar_among_params_on_several_devices():
         )
     ]
     chex.assert_trees_all_close(*[x.eigenvalues for x in found], rtol=1e-5)
+
+
+def decompositions(text):
+    """How many stand in a program, and how many of them on one branch of a choice."""
+    branches = re.findall(r"branch_computations=\{%(\S+), %(\S+)\}", text)
+    bodies = dict(re.findall(r"^%(\S+) \(.*\{\n((?:.*\n)*?)\}", text, re.MULTILINE))
+    count = lambda body: body.count("syevd")
+    return count(text), [tuple(count(bodies[x]) for x in pair) for pair in branches]
+
+
+@pytest.mark.parametrize("kind", ["automatic", "explicit"])
+def test_eigendecompositions_spread_over_devices_are_those_of_one(kind):
+    mesh, params, batch = on_mesh("data-parallel", kind, problem())
+    apart, together = kronecker(mesh=mesh, eigen_every=1), kronecker(eigen_every=1)
+    with jax.set_mesh(mesh if kind == "explicit" else jax.sharding.get_mesh()):
+        found = [
+            learned(rmtdamp.kfac(0.1, measurer))(params, batch)
+            for measurer in (apart, together)
+        ]
+        by_hand = [
+            rmtdamp.refresh(
+                rmtdamp.kfac(0.1, measurer, damping=0.1).init(params),
+                measurer,
+                params,
+                batch,
+            )
+            for measurer in (apart, together)
+        ]
+    # What the devices that do not own a layer add is zeros.
+    chex.assert_trees_all_equal(*found)
+    chex.assert_trees_all_equal(*by_hand)
+
+
+def test_each_eigendecomposition_is_on_one_device():
+    mesh, params, batch = on_mesh("data-parallel", "automatic", problem())
+    measurer = kronecker(mesh=mesh)
+    tx = rmtdamp.kfac(0.1, measurer, damping=0.1)
+    step = jax.jit(lambda p, b: tx.update(p, tx.init(p), p, batch=b)[0])
+    text = step.lower(params, batch).compile().as_text()
+    count, branches = decompositions(text)
+    layers = len(BLOCKS)
+    assert count == 2 * layers
+    assert branches.count((0, 2)) + branches.count((2, 0)) == layers
+
+
+def test_devices_that_are_no_mesh():
+    with pytest.raises(TypeError, match=r"mesh is of type list, .* jax.sharding.Mesh"):
+        kronecker(mesh=jax.devices())

@@ -2,7 +2,9 @@
 
     python -m benchmarks.costs [SECTION...] [--quick] [--fresh] [--compare]
 
-Sections, all of them by default: steps, refreshes (of the damping); kfac; products,
+Sections, all of them by default: steps, refreshes (of the damping); kfac; kfac-jax
+(beside it, in an environment of its own: benchmarks/costs/peer.py); eigenbases (its
+eigendecompositions on one device each, over all on each of two); products,
 density (of Hessians); penalties (on their trace); vocabulary (a large one: its
 cross-entropy in chunks); precision (of measurements, by dtype: errors, not costs);
 first calls (compiling included); scaling (over devices: counts in compiled programs);
@@ -32,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import AxisType
 from rich.progress import Progress
 from scipy.stats import wasserstein_distance
 
@@ -55,6 +58,7 @@ from rmtdamp.hessian import (
 from rmtdamp.losses import chunked_softmax_cross_entropy
 
 from . import timing
+from .peer import peer
 from .regressions import worse
 from .scaling import LAYOUTS, PROGRAMS, scaling_row
 from .timing import compare, compiled, interleaved, on_cpu, problem, rotate
@@ -62,6 +66,7 @@ from .timing import compare, compiled, interleaved, on_cpu, problem, rotate
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
 QUICK = timing.Effort(least=0.005, budget=0.5, rounds=2, pairs=3, steps=3)
 EVERY, NEVER = 100, 1_000_000
+KFAC_JAX = os.environ.get("KFAC_JAX_PYTHON")  # see peer.py
 
 
 class Steps:
@@ -163,6 +168,83 @@ def kfac_row(effort, kind, batch_size, tikhonov="eigenvalues"):
     adam = Steps(optax.adam(1e-6), *case)
     what = f"KFAC, {tikhonov}, {kind} {batch_size}"
     return over(effort, what, adam, ours, EVERY, 5)
+
+
+def kfac_jax_row(effort, batch_size):
+    """100 steps of KFAC over 100 of kfac-jax, in both forms of the damping."""
+    settings = {"learning_rate": 3e-4, "momentum": 0.9, "damping": 0.1}
+    settings |= {"decay": 0.95, "refresh_every": 10, "eigen_every": 100}
+    loss_fn, params, batch = problem("mlp", batch_size)
+    model = timing.model_of("mlp")
+    factors_fn = rmtdamp.flax.nnx_factors(model, cross_entropy)
+    decays = {name: settings[name] for name in ("decay", "eigen_every")}
+    measurer = rmtdamp.KroneckerMeasurer(factors_fn, **decays)
+    options = {"kl_clip": None} | {
+        name: x for name, x in settings.items() if name not in decays
+    }
+    loss_args = nnx.as_pure(rmtdamp.flax.loss_args(model))
+    gradient = jax.jit(jax.value_and_grad(loss_fn))
+    layers = [
+        (layer["kernel"], layer["bias"])
+        for layer in [*params["hidden"].values(), params["out"]]
+    ]
+
+    def gradients(num):
+        for _ in range(num):
+            jax.block_until_ready(gradient(params, batch))
+
+    forms, num = ("eigenvalues", "factored"), min(effort.steps, EVERY)
+    with peer(KFAC_JAX, layers, batch, settings) as ask:
+        calls = {
+            "gradient": gradients,
+            "theirs, gradient": lambda n: ask("gradient", n),
+        }
+        ours, losses = {}, {}
+        for form in forms:
+            tx = rmtdamp.kfac(measurer=measurer, tikhonov=form, **options)
+            ours[form] = Steps(tx, loss_fn, params, batch, None, loss_args)
+            calls |= {form: ours[form], f"theirs, {form}": functools.partial(ask, form)}
+        for form in forms:  # which compiles, and shows that both do one thing
+            theirs = ask(form, EVERY)
+            ours[form](EVERY)
+            losses[form] = float(loss_fn(ours[form].carry[0], batch)), theirs
+        timed = {name: functools.partial(call, num) for name, call in calls.items()}
+        times = rotate(timed, effort.rounds, f"KFAC beside kfac-jax, {batch_size}")
+    return {
+        name: compare(times[f"theirs, {name}"], times[name])
+        | {
+            "seconds": statistics.median(times[name]) / num,
+            "theirs, seconds": statistics.median(times[f"theirs, {name}"]) / num,
+        }
+        | (
+            dict(zip(("loss", "theirs, loss"), losses[name], strict=True))
+            if name in losses
+            else {}
+        )
+        for name in ("gradient", *forms)
+    }
+
+
+def eigenbases_row(effort, kind, batch_size, devices):
+    """A refresh of KFAC, spread over devices, over one that each makes whole."""
+    loss_fn, params, batch = problem(kind, batch_size)
+    del loss_fn
+    model = timing.model_of(kind)
+    loss_args = nnx.as_pure(rmtdamp.flax.loss_args(model))
+    factors_fn = rmtdamp.flax.nnx_factors(model, cross_entropy)
+    mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,))
+    on = lambda tree, *axes: jax.device_put(tree, jax.NamedSharding(mesh, jax.P(*axes)))
+    params, batch = on(params), on(batch, "data")
+
+    def refresh(mesh):
+        every = {"eigen_every": 1, "mesh": mesh}
+        measurer = rmtdamp.KroneckerMeasurer(factors_fn, **every)
+        state = rmtdamp.scale_by_kfac(measurer, damping=1.0).init(params)
+        found = rmtdamp.refresh(state, measurer, params, batch, loss_args=loss_args)
+        jax.block_until_ready(found)
+
+    calls = (functools.partial(refresh, where) for where in (None, mesh))
+    return interleaved(*calls, effort.rounds, f"eigenbases, {kind}")
 
 
 def product_row(effort, kind, batch_size, dtype):
@@ -467,6 +549,8 @@ DEVICES = (1, 2, 4, 8)
 DENSITIES = (("mlp", 1024, 4, 80), ("cnn", 16, 1, 10))  # batch size, probes, steps
 KFAC = [("mlp", n, *of) for n in (256, 4096) for of in ((), ("factored",))]
 KFAC += [("cnn", 128)]
+# Where there is an environment for it.
+PEER = [(n,) for n in (256, 4096)] if KFAC_JAX else []
 # Tokens, width, vocabulary, tokens in a chunk.
 VOCABULARIES = [(n, 128, 50_304, 128) for n in (512, 1024)]
 TYPES = (
@@ -485,6 +569,8 @@ SECTIONS = {
     "steps": (step_row, [*STEPS, ("auto_damping by hand", "cnn", 128)]),
     "refreshes": (refresh_row, [*REFRESHED, ("eager", "cnn", 128)]),
     "kfac": (kfac_row, KFAC),
+    "kfac-jax": (kfac_jax_row, PEER),
+    "eigenbases": (eigenbases_row, [(k, 16, 2) for k in ("mlp", "transformer")]),
     "products": (product_row, PRODUCTS),
     "density": (density_row, DENSITIES),
     "penalties": (penalty_row, [("mlp", 256), ("cnn", 64)]),
@@ -518,14 +604,18 @@ def main():
         ]
         sys.exit(f"failed, or worse than before: {', '.join(failed)}" if failed else 0)
     jax.config.update("jax_default_matmul_precision", "highest")
-    if "scaling" in args.sections:
-        jax.config.update("jax_num_cpu_devices", max(DEVICES))
+    if devices := {"scaling": max(DEVICES), "eigenbases": 2}.get(args.sections[0]):
+        jax.config.update("jax_num_cpu_devices", devices)
     effort = QUICK if args.quick else timing.Effort()
     path, cores = RESULTS / "costs.json", len(os.sched_getaffinity(0))
     kept = json.loads(path.read_text()) if path.exists() else {}
     keeps = not (args.quick or args.compare)
     found = kept if keeps else {}
-    device = f"{cores} CPU cores" if on_cpu() else jax.devices()[0].device_kind
+    device = (
+        f"{cores} CPU core{'s' * (cores > 1)}"
+        if on_cpu()
+        else jax.devices()[0].device_kind
+    )
     for section in args.sections:
         measure, cases = SECTIONS[section]
         done = found.setdefault(device, {}).setdefault(section, {})

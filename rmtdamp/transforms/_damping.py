@@ -347,9 +347,9 @@ def auto_damping(
 
     Raises:
         ValueError: `refresh_every` below 1, a negative learning rate, an inner
-            transformation that ignores `damping`; from `init`: one that holds one itself, params with holes; from
-            `update`: params or batch missing, a bad batch, a `damping` from outside, no
-            learning rate where the rule needs one.
+            transformation that ignores `damping`; from `init`: one that holds one
+            itself, params with holes; from `update`: params or batch missing, a bad
+            batch, a `damping` from outside, no learning rate where the rule needs one.
         TypeError: params that are not real floats, or a loss that is not a scalar.
 
     Example:
@@ -470,8 +470,8 @@ def set_damping(
 
     Raises:
         ValueError: a negative number, a target that is not above 0, a tree that is no
-            prefix of params, an inner transformation that ignores `damping` or holds one itself, a `damping` from
-            outside.
+            prefix of params, an inner transformation that ignores `damping` or holds
+            one itself, a `damping` from outside.
 
     Example:
         >>> import jax.numpy as jnp

@@ -4,13 +4,16 @@ Factors are averaged at each measurement; eigenbases follow the averages more ra
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from rmtdamp._checks import check_decays, check_every
 from rmtdamp._jax import is_traced
+from rmtdamp._sharding import spread
 from rmtdamp._tree import accumulation_dtype
 from rmtdamp._types import Params
 from rmtdamp.kronecker import (
@@ -98,10 +101,13 @@ class KroneckerMeasurer:
         debias: whether averages begin at the first measurement or at the identity.
         seed: of sampled labels, which are a function of it and the measurement's
             number: the same on every device and after a restart.
+        mesh: devices over which the eigendecompositions are spread, each layer's on
+            one, the dearest first; what they find is on all of them. None: each device
+            makes all of them, as it holds all factors.
 
     Raises:
         ValueError: a number out of its range.
-        TypeError: `factors_fn` is something else.
+        TypeError: `factors_fn` or `mesh` is something else.
 
     Example:
         >>> import jax.numpy as jnp
@@ -134,6 +140,7 @@ class KroneckerMeasurer:
     ekfac: bool = False
     debias: bool = True
     seed: Any = 0
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         if not hasattr(self.factors_fn, "blocks"):
@@ -146,6 +153,11 @@ class KroneckerMeasurer:
             )
         check_decays(decay=self.decay)
         check_every("eigen_every", self.eigen_every)
+        if not isinstance(self.mesh, Mesh | None):
+            raise TypeError(
+                f"mesh is of type {type(self.mesh).__name__}, and has to be a "
+                "jax.sharding.Mesh, such as jax.make_mesh makes one, or None"
+            )
 
     def init(self, params: Params) -> KroneckerState:
         """Before any measurement: the curvature is the identity, gradients are kept."""
@@ -202,14 +214,19 @@ class KroneckerMeasurer:
             found = _measure(self, measured, context)
             due = _decomposes(self, measured)
             bases_of = lambda state: jax.lax.cond(
-                due, _eigenbases, lambda _: state.bases, state.factors
+                due,
+                functools.partial(_eigenbases, self.mesh),
+                lambda _: state.bases,
+                state.factors,
             )
             averaged = _average(self, measured, found)
             return _accept(self, measured, averaged, found, bases_of(averaged), due)
         found = _compiled_measure(self, measured, context)
         averaged = _compiled_average(self, measured, found)
         due = _decomposes(self, measured)
-        bases = _compiled_eigenbases(averaged.factors) if due else measured.bases
+        bases = measured.bases
+        if due:
+            bases = _compiled_eigenbases(self.mesh, averaged.factors)
         return _compiled_accept(self, measured, averaged, found, bases, due)
 
 
@@ -273,8 +290,11 @@ def _decomposes(measurer, state):
     return in_turn | (state.eigen_refreshes == 0)
 
 
-def _eigenbases(factors) -> tuple[Eigenbasis, ...]:
-    return tuple(map(eigenbasis, factors))
+def _eigenbases(mesh, factors) -> tuple[Eigenbasis, ...]:
+    if mesh is None:
+        return tuple(map(eigenbasis, factors))
+    cost = lambda layer: sum(x.size * x.shape[-1] for x in layer)  # n^3
+    return tuple(spread(eigenbasis, factors, list(map(cost, factors)), mesh))
 
 
 def _accept(measurer, before, averaged, found, bases, due) -> KroneckerState:
@@ -301,5 +321,5 @@ def _accept(measurer, before, averaged, found, bases, due) -> KroneckerState:
 
 _compiled_measure = jax.jit(_measure)
 _compiled_average = jax.jit(_average)
-_compiled_eigenbases = jax.jit(_eigenbases)
+_compiled_eigenbases = jax.jit(_eigenbases, static_argnums=0)
 _compiled_accept = jax.jit(_accept)
