@@ -196,3 +196,18 @@ def pair(batch: Batch) -> tuple[Batch, Batch]:
         )
     num_examples(batch)
     return tuple(batch)
+
+
+def most_rejected(tried: Any, rejected: Any) -> bool:
+    """Whether a run, or one of many, has had more than half of what it tried rejected.
+
+    Args:
+        tried: count, with an axis of runs under `vmap`.
+        rejected: count, for each label too.
+
+    Returns:
+        A bool; eager, and in numpy: jax would compile each comparison.
+    """
+    tried, rejected = map(np.asarray, (tried, rejected))
+    tried = tried.reshape(tried.shape + (1,) * (rejected.ndim - tried.ndim))
+    return bool((2 * rejected > tried).any())

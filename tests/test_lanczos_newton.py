@@ -512,5 +512,5 @@ def test_refuses_a_refresh_by_hand():
 def test_a_run_whose_subspace_is_never_finite_says_so():
     tx = newton(refresh_every=1)
     _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS, batch=BATCH * jnp.nan)
-    with pytest.warns(UserWarning, match="no measurement of the Ritz subspace"):
+    with pytest.warns(UserWarning, match="most measurements of the Ritz subspace"):
         check_state(state)

@@ -119,7 +119,7 @@ def test_nothing_is_unpickled_and_nothing_is_fetched_unasked():
     for word in ("pickle", "dill", "joblib", "shelve", "marshal"):
         assert using(imported(word)) == set()
     assert using(r"allow_pickle|(?<![.\w])(eval|exec)\(") == set()
-    # A file of its own parent process, and no pickles as long as they are not asked for.
+    # A file of its own parent process; pickles have to be asked for.
     assert using(r"\bnp\.load\b") == {"benchmarks/costs/peer.py"}
     assert using(imported("pooch")) == {"benchmarks/shared/data.py"}
     for word in ("urllib", "requests", "socket", "http"):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rmtdamp._checks import most_rejected
 from rmtdamp._jax import is_traced
 from rmtdamp._parts import WHOLE, Parts
 from rmtdamp._types import Params
@@ -91,34 +92,24 @@ class LearnedDamping(NamedTuple):
     def problems(self) -> list[str]:
         """What a user should know of a run, in words; eager."""
         found = []
-        # In numpy: jax would compile each comparison.
-        mismatches, tried, rejections, caps = map(
-            np.asarray,
-            (
-                self.loss_mismatches,
-                self.refresh_attempts,
-                self.refresh_rejections,
-                self.refresh_caps,
-            ),
-        )
-        if (mismatches > 0).any():
+        if (np.asarray(self.loss_mismatches) > 0).any():
             found.append(
                 "the loss of a batch is not the mean of its microbatches' losses, so "
                 "what is measured has not the scale of a mean, nor its noise: a sum in "
                 "place of a mean, dropout, batch statistics? "
                 "rmtdamp.check_loss(loss_fn, params, batch) tells"
             )
-        # Under `vmap` a counter has an entry for each run, before those of labels.
-        tried = tried.reshape(tried.shape + (1,) * (rejections.ndim - tried.ndim))
-        if ((tried != 1) & (rejections > 0) & (rejections >= tried)).any():
+        tried = np.asarray(self.refresh_attempts)
+        if (tried != 1).all() and most_rejected(tried, self.refresh_rejections):
             found.append(
-                "no measurement of the damping could be used "
-                '(optax.tree.get(opt_state, "refresh_rejections")): it stays at its '
-                "floor; the Hessian is not finite or zero, a batch holds one example, "
-                "the learning rate is no positive number, or the rule finds no valid "
-                "damping, as one that reads what it does not name among its `needs`"
+                "most measurements of the damping could not be used "
+                '(optax.tree.get(opt_state, "refresh_rejections")): it stays where it '
+                "was, at first at its floor; the Hessian is not finite or zero, a "
+                "batch holds one example, the learning rate is no positive number, or "
+                "the rule finds no valid damping, as one that reads what it does not "
+                "name among its `needs`"
             )
-        if (caps > 0).any():
+        if (np.asarray(self.refresh_caps) > 0).any():
             found.append(
                 "the learned damping meets the bound of its learner, min_shrinkage: "
                 "the noise outweighs the target a hundredfold at the default; under "

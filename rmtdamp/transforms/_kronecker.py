@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rmtdamp._checks import check_decays, check_every
+from rmtdamp._checks import check_decays, check_every, most_rejected
 from rmtdamp._jax import is_traced
 from rmtdamp._sharding import spread
 from rmtdamp._tree import accumulation_dtype
@@ -25,7 +25,7 @@ from rmtdamp.kronecker import (
     second_moments,
 )
 
-from ._measurer import Context, is_due, none_usable, with_numbers
+from ._measurer import Context, is_due, with_numbers
 
 
 class KroneckerState(NamedTuple):
@@ -68,12 +68,13 @@ class KroneckerState(NamedTuple):
 
     def problems(self) -> list[str]:
         """What a user should know of a run, in words; eager."""
-        if none_usable(self.kfac_measurements, self.kfac_rejections):
+        if most_rejected(self.kfac_measurements, self.kfac_rejections):
             return [
-                "no measurement of the Kronecker factors was finite "
+                "most measurements of the Kronecker factors were not finite "
                 '(optax.tree.get(opt_state, "kfac_rejections")), so the curvature is '
-                "the identity: look at the loss, the data and the learning rate; of a "
-                "loss whose scale cannot be found, num_terms of the factors tells"
+                "the last that was, or the identity: look at the loss, the data and "
+                "the learning rate; of a loss whose scale cannot be found, num_terms "
+                "of the factors tells"
             ]
         return []
 

@@ -324,16 +324,6 @@ def refresh_in_step(
     return _refresh_if(due, measurer, state.measured, context)
 
 
-def none_usable(tried: Any, rejected: Any) -> bool:
-    """Whether a run, or one of many, has had every measurement rejected.
-
-    Returns:
-        A bool; eager.
-    """
-    tried, rejected = map(np.asarray, (tried, rejected))
-    return bool(((tried > 0) & (rejected == tried)).any())
-
-
 def _is_variable(node) -> bool:
     """Whether this is one of the variables in which Flax's nnx keeps each array."""
     return hasattr(node, "get_raw_value")
@@ -447,10 +437,10 @@ def check_state(opt_state: optax.OptState) -> None:
     """Warn about what the measurements of a run say is wrong with it. Eager.
 
     Values cannot raise in a compiled step, so they are counted in its state: losses
-    that are no mean over the batch, measurements none of which could be used, a damping
-    that sits on its bound, steps without the measurement by hand that they wait for.
-    This puts the counters into words. `refresh` does so by itself; call it after the
-    first measurement of a compiled step, and when a run looks odd.
+    that are no mean over the batch, measurements most of which could not be used, a
+    damping that sits on its bound, steps without the measurement by hand that they wait
+    for. This puts the counters into words. `refresh` does so by itself; call it after
+    the first measurement of a compiled step, and when a run looks odd.
 
     Args:
         opt_state: the optimiser's state, any chain or wrapper, `nnx.Optimizer`'s too,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rmtdamp._basis import zeros
-from rmtdamp._checks import check_choice
+from rmtdamp._checks import check_choice, most_rejected
 from rmtdamp._jax import is_traced
 from rmtdamp._sharding import placement
 from rmtdamp._tree import accumulation_dtype, norm, num_examples, random_like, size
@@ -17,7 +17,7 @@ from rmtdamp._types import Key, LossFn, Matvec, Params
 from rmtdamp.hessian import hessian_matvec, lanczos, moments
 from rmtdamp.rmt import rotationally_invariant_shrinkage
 
-from ._measurer import Context, none_usable, with_numbers
+from ._measurer import Context, with_numbers
 
 Start = Literal["random", "gradient"] | Callable[[Key, Params], Params]
 Cleaning = Literal["rotationally_invariant"]
@@ -54,12 +54,12 @@ class RitzSubspace(NamedTuple):
 
     def problems(self) -> list[str]:
         """What a user should know of a run, in words; eager."""
-        if none_usable(self.subspace_refreshes, self.subspace_rejections):
+        if most_rejected(self.subspace_refreshes, self.subspace_rejections):
             return [
-                "no measurement of the Ritz subspace was finite "
-                '(optax.tree.get(opt_state, "subspace_rejections")), so the step is '
-                "the gradient over the damping: look at the loss, the data and the "
-                "learning rate"
+                "most measurements of the Ritz subspace were not finite "
+                '(optax.tree.get(opt_state, "subspace_rejections")), so the subspace '
+                "is the last that was, or none, and the step the gradient over the "
+                "damping: look at the loss, the data and the learning rate"
             ]
         return []
 
