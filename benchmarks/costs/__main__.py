@@ -72,12 +72,14 @@ KFAC_JAX = os.environ.get("KFAC_JAX_PYTHON")  # see peer.py
 class Steps:
     """So many jitted training steps on one batch; `by_hand` measures between them."""
 
-    def __init__(self, tx, loss_fn, params, batch, by_hand=None, loss_args=()):
+    def __init__(
+        self, tx, loss_fn, params, batch, by_hand=None, loss_args=(), donate=()
+    ):
         tx = optax.with_extra_args_support(tx)
         self.by_hand, self.batch = by_hand, batch
-        self.carry = params, tx.init(params)
+        self.carry = jax.tree.map(jnp.copy, params), tx.init(params)
 
-        @jax.jit
+        @functools.partial(jax.jit, donate_argnums=donate)
         def step(params, state, batch):
             grads = jax.grad(loss_fn)(params, batch)
             extra = {"batch": batch, "loss_args": loss_args}
@@ -173,15 +175,17 @@ def kfac_row(effort, kind, batch_size, tikhonov="eigenvalues"):
 def kfac_jax_row(effort, batch_size):
     """100 steps of KFAC over 100 of kfac-jax, in both forms of the damping."""
     settings = {"learning_rate": 3e-4, "momentum": 0.9, "damping": 0.1}
+    # In steps, as kfac-jax counts them; a measurer counts measurements.
     settings |= {"decay": 0.95, "refresh_every": 10, "eigen_every": 100}
     loss_fn, params, batch = problem("mlp", batch_size)
     model = timing.model_of("mlp")
     factors_fn = rmtdamp.flax.nnx_factors(model, cross_entropy)
-    decays = {name: settings[name] for name in ("decay", "eigen_every")}
-    measurer = rmtdamp.KroneckerMeasurer(factors_fn, **decays)
-    options = {"kl_clip": None} | {
-        name: x for name, x in settings.items() if name not in decays
-    }
+    own = dict(settings)
+    measurer = rmtdamp.KroneckerMeasurer(
+        factors_fn,
+        decay=own.pop("decay"),
+        eigen_every=own.pop("eigen_every") // own["refresh_every"],
+    )
     loss_args = nnx.as_pure(rmtdamp.flax.loss_args(model))
     gradient = jax.jit(jax.value_and_grad(loss_fn))
     layers = [
@@ -201,8 +205,9 @@ def kfac_jax_row(effort, batch_size):
         }
         ours, losses = {}, {}
         for form in forms:
-            tx = rmtdamp.kfac(measurer=measurer, tikhonov=form, **options)
-            ours[form] = Steps(tx, loss_fn, params, batch, None, loss_args)
+            tx = rmtdamp.kfac(measurer=measurer, tikhonov=form, kl_clip=None, **own)
+            steps = Steps(tx, loss_fn, params, batch, None, loss_args, donate=(0, 1))
+            ours[form] = steps  # which donate, as theirs do
             calls |= {form: ours[form], f"theirs, {form}": functools.partial(ask, form)}
         for form in forms:  # which compiles, and shows that both do one thing
             theirs = ask(form, EVERY)
