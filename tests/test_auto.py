@@ -667,6 +667,22 @@ def test_a_run_whose_measurements_all_fail_says_so():
         rmtdamp.check_state(state)
 
 
+@pytest.mark.parametrize("finite", [False, True])
+def test_a_state_of_nan_says_so(finite):
+    """A single gradient that is not finite stays in an average for good."""
+    tx = auto_adam(1e-3, mlp_loss)
+    if finite:
+        tx = optax.with_extra_args_support(optax.apply_if_finite(tx, 9))
+    state, said = tx.init(PARAMS), []
+    for factor in (1.0, jnp.nan, 1.0):
+        grads = jax.tree.map(lambda x, factor=factor: factor * x, PARAMS)
+        _, state = tx.update(grads, state, PARAMS, batch=BATCH)
+        with warnings.catch_warnings(record=True, action="always") as caught:
+            rmtdamp.check_state(state)
+        said.append(any("state holds NaN" in str(x.message) for x in caught))
+    assert said == [False, not finite, not finite]
+
+
 @pytest.mark.parametrize(("good", "bad"), [(3, 2), (2, 3)])
 def test_a_run_that_diverges_says_so(good, bad):
     learner = DampingLearner(mlp_loss)

@@ -70,16 +70,17 @@ KFAC_JAX = os.environ.get("KFAC_JAX_PYTHON")  # see peer.py
 
 
 class Steps:
-    """So many jitted training steps on one batch; `by_hand` measures between them."""
+    """So many jitted training steps on one batch; `by_hand` measures between them.
 
-    def __init__(
-        self, tx, loss_fn, params, batch, by_hand=None, loss_args=(), donate=()
-    ):
+    They donate params and state, which would be copied otherwise.
+    """
+
+    def __init__(self, tx, loss_fn, params, batch, by_hand=None, loss_args=()):
         tx = optax.with_extra_args_support(tx)
         self.by_hand, self.batch = by_hand, batch
         self.carry = jax.tree.map(jnp.copy, params), tx.init(params)
 
-        @functools.partial(jax.jit, donate_argnums=donate)
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
         def step(params, state, batch):
             grads = jax.grad(loss_fn)(params, batch)
             extra = {"batch": batch, "loss_args": loss_args}
@@ -206,8 +207,7 @@ def kfac_jax_row(effort, batch_size):
         ours, losses = {}, {}
         for form in forms:
             tx = rmtdamp.kfac(measurer=measurer, tikhonov=form, kl_clip=None, **own)
-            steps = Steps(tx, loss_fn, params, batch, None, loss_args, donate=(0, 1))
-            ours[form] = steps  # which donate, as theirs do
+            ours[form] = Steps(tx, loss_fn, params, batch, None, loss_args)
             calls |= {form: ours[form], f"theirs, {form}": functools.partial(ask, form)}
         for form in forms:  # which compiles, and shows that both do one thing
             theirs = ask(form, EVERY)

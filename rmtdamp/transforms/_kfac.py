@@ -35,7 +35,7 @@ class DampedInverses(NamedTuple):
     """(A + pi sqrt(delta))^-1 and (G + sqrt(delta) / pi)^-1, and what they hold for."""
 
     factors: tuple[KroneckerFactors, ...]  # per Kronecker block
-    dampings: jax.Array  # (Kronecker blocks,), delta; NaN before the first step
+    dampings: jax.Array  # (Kronecker blocks,), delta; -1 before the first step
     eigen_refreshes: jax.Array  # (), int32, of the eigenbases
     singular: jax.Array  # (), bool, singular directions were left out
 
@@ -178,7 +178,7 @@ def scale_by_kfac(
         if tikhonov == "factored":
             # Copies, so that a step may donate its state.
             factors = jax.tree.map(jnp.copy, measured.factors)
-            unknown = jnp.full(len(factors), jnp.nan, measured.factor_weight.dtype)
+            unknown = jnp.full(len(factors), -1, measured.factor_weight.dtype)
             inverses = DampedInverses(factors, unknown, zero(), jnp.asarray(False))
         return ScaleByKFACState(zero(), measured, zero(), inverses)
 

@@ -439,8 +439,9 @@ def check_state(opt_state: optax.OptState) -> None:
     Values cannot raise in a compiled step, so they are counted in its state: losses
     that are no mean over the batch, measurements most of which could not be used, a
     damping that sits on its bound, steps without the measurement by hand that they wait
-    for. This puts the counters into words. `refresh` does so by itself; call it after
-    the first measurement of a compiled step, and when a run looks odd.
+    for. This puts the counters into words, and tells of NaN in what the optimiser
+    keeps. `refresh` does the former by itself; call it after the first measurement of a
+    compiled step, and when a run looks odd.
 
     Args:
         opt_state: the optimiser's state, any chain or wrapper, `nnx.Optimizer`'s too,
@@ -483,3 +484,19 @@ def check_state(opt_state: optax.OptState) -> None:
                 "batch) between steps, the first time before the first step",
                 stacklevel=2,
             )
+    # What is measured is NaN before its first measurement, and never after.
+    own = lambda node: hasattr(node, "problems")
+    rest = [x for x in jax.tree.leaves(opt_state, is_leaf=own) if not own(x)]
+    is_float = lambda x: jnp.issubdtype(getattr(x, "dtype", int), jnp.inexact)
+    if _any_nan(list(filter(is_float, rest))):
+        warnings.warn(
+            "rmtdamp: the optimiser's state holds NaN, so a gradient was not finite, "
+            "and no step since was: look at the loss, the data and the learning rate; "
+            "optax.apply_if_finite around the optimiser leaves out such a step",
+            stacklevel=2,
+        )
+
+
+@jax.jit
+def _any_nan(leaves) -> jax.Array:
+    return jnp.any(jnp.stack([False, *(jnp.any(jnp.isnan(x)) for x in leaves)]))
