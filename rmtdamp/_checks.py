@@ -7,6 +7,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ._tree import num_examples
 from ._types import Batch, LossFn, Mode, Params
@@ -196,6 +197,19 @@ def pair(batch: Batch) -> tuple[Batch, Batch]:
         )
     num_examples(batch)
     return tuple(batch)
+
+
+def check_mesh(mesh: Any) -> None:
+    """Refuse what is neither a mesh of devices nor None.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(mesh, Mesh | None):
+        raise TypeError(
+            f"mesh is of type {type(mesh).__name__}, and has to be a "
+            "jax.sharding.Mesh, such as jax.make_mesh makes one, or None"
+        )
 
 
 def most_rejected(tried: Any, rejected: Any) -> bool:

@@ -148,9 +148,11 @@ def automatic(function: Callable, out: Callable, *args) -> Any:
 
 
 def spread(
-    function: Callable, items: Sequence, costs: Sequence[float], mesh: Mesh
+    function: Callable, items: Sequence, costs: Sequence[float], mesh: Mesh | None
 ) -> list:
     """`[function(x) for x in items]`, each on one device; what is found is on all.
+
+    Without a mesh each device makes all of them.
 
     Args:
         function: of a pytree of arrays that every device holds whole, to arrays.
@@ -162,6 +164,8 @@ def spread(
     Returns:
         A list.
     """
+    if mesh is None:
+        return list(map(function, items))
     loads, owners = [0.0] * mesh.size, [0] * len(items)
     for i in sorted(range(len(items)), key=lambda i: -costs[i]):
         owners[i] = loads.index(min(loads))

@@ -374,7 +374,12 @@ def test_eigendecompositions_spread_over_devices_are_those_of_one(kind):
             )
             for measurer in (apart, together)
         ]
-    # What the devices that do not own a layer add is zeros.
+        shampoo = [
+            learned(rmtdamp.shampoo(0.1, eigen_every=1, mesh=where))(params, batch)
+            for where in (mesh, None)
+        ]
+    # What the devices that do not own a layer add is zeros; XLA fuses what is around.
+    chex.assert_trees_all_close(*shampoo, rtol=1e-10)
     chex.assert_trees_all_equal(*found)
     chex.assert_trees_all_equal(*by_hand)
 
@@ -394,3 +399,5 @@ def test_each_eigendecomposition_is_on_one_device():
 def test_devices_that_are_no_mesh():
     with pytest.raises(TypeError, match=r"mesh is of type list, .* jax.sharding.Mesh"):
         kronecker(mesh=jax.devices())
+    with pytest.raises(TypeError, match=r"mesh is of type list, .* jax.sharding.Mesh"):
+        rmtdamp.shampoo(0.1, mesh=jax.devices())

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rmtdamp._checks import check_decays, check_every, most_rejected
+from rmtdamp._checks import check_decays, check_every, check_mesh, most_rejected
 from rmtdamp._jax import is_traced
 from rmtdamp._sharding import spread
 from rmtdamp._tree import accumulation_dtype
@@ -154,11 +154,7 @@ class KroneckerMeasurer:
             )
         check_decays(decay=self.decay)
         check_every("eigen_every", self.eigen_every)
-        if not isinstance(self.mesh, Mesh | None):
-            raise TypeError(
-                f"mesh is of type {type(self.mesh).__name__}, and has to be a "
-                "jax.sharding.Mesh, such as jax.make_mesh makes one, or None"
-            )
+        check_mesh(self.mesh)
 
     def init(self, params: Params) -> KroneckerState:
         """Before any measurement: the curvature is the identity, gradients are kept."""
@@ -292,8 +288,6 @@ def _decomposes(measurer, state):
 
 
 def _eigenbases(mesh, factors) -> tuple[Eigenbasis, ...]:
-    if mesh is None:
-        return tuple(map(eigenbasis, factors))
     cost = lambda layer: sum(x.size * x.shape[-1] for x in layer)  # n^3
     return tuple(spread(eigenbasis, factors, list(map(cost, factors)), mesh))
 

@@ -6,15 +6,17 @@ eigenvalues when the step is made, so a new one acts at once. Every leaf is hand
 the form (stack, rows, columns); one that is no matrix keeps the average of g^2.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from rmtdamp._checks import check_decays, check_every
+from rmtdamp._checks import check_decays, check_every, check_mesh
 from rmtdamp._jax import matmul_precision
-from rmtdamp._sharding import automatic, typed_like
+from rmtdamp._sharding import automatic, spread, typed_like
 from rmtdamp._tree import accumulation_dtype
 
 from ._measurer import is_due
@@ -96,14 +98,18 @@ def _eigh(factor, correction):
     return factor._replace(**jnp.linalg.eigh(scaled)._asdict())
 
 
-def _eigenbases(blocks, correction):
-    return jax.tree.map(lambda f: _eigh(f, correction), blocks, is_leaf=_is_factor)
+def _eigenbases(mesh, blocks, correction):
+    factors, treedef = jax.tree.flatten(blocks, is_leaf=_is_factor)
+    costs = [f.average.size * f.average.shape[-1] for f in factors]
+    each = [(f, correction) for f in factors]
+    return treedef.unflatten(spread(lambda of: _eigh(*of), each, costs, mesh))
 
 
 # A function of the module, so that an eager update compiles the conditional once.
-@jax.jit
-def _eigenbases_if(due, blocks, correction):
-    return jax.lax.cond(due, _eigenbases, lambda b, _: b, blocks, correction)
+@functools.partial(jax.jit, static_argnums=0)
+def _eigenbases_if(mesh, due, blocks, correction):
+    renewed = functools.partial(_eigenbases, mesh)
+    return jax.lax.cond(due, renewed, lambda b, _: b, blocks, correction)
 
 
 def _weights(factor, delta, power, in_root):
@@ -132,6 +138,7 @@ def scale_by_shampoo(
     max_side: int = 8192,
     weight_dimension_numbers: Any = None,
     precision: str | None = "highest",
+    mesh: Mesh | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shampoo with the damping of `scale_by_spectral_descent`.
 
@@ -173,6 +180,8 @@ def scale_by_shampoo(
         weight_dimension_numbers: which axes make a matrix, as in
             `scale_by_spectral_descent`.
         precision: matmul precision; None leaves the global setting.
+        mesh: devices over which the eigendecompositions are spread, each factor's on
+            one; None: each device makes all of them.
 
     Returns:
         A transformation whose `update` takes `damping`, a scalar. Updates have the
@@ -181,6 +190,7 @@ def scale_by_shampoo(
     Raises:
         ValueError: a number out of its range, or (from `init`) axes that do not make a
             matrix.
+        TypeError: `mesh` is something else.
 
     Example:
         >>> import jax.numpy as jnp
@@ -204,6 +214,7 @@ def scale_by_shampoo(
         )
     check_decays(decay=decay)
     check_every("eigen_every", eigen_every)
+    check_mesh(mesh)
     if not isinstance(max_side, int) or max_side < 1:
         raise ValueError(
             f"max_side is {max_side}: take a whole number of at least 1 (and name it "
@@ -309,10 +320,10 @@ def scale_by_shampoo(
             squares = [b.squares for b in blocks]
             factors = [b._replace(squares=None) for b in blocks]
             if isinstance(eigen_every, int) and eigen_every == 1:
-                factors = _eigenbases(factors, correction)
+                factors = _eigenbases(mesh, factors, correction)
             else:
                 due = is_due(state.count, eigen_every)
-                factors = _eigenbases_if(due, factors, correction)
+                factors = _eigenbases_if(mesh, due, factors, correction)
             blocks = [
                 b._replace(squares=s) for b, s in zip(factors, squares, strict=True)
             ]
@@ -340,6 +351,7 @@ def shampoo(
     max_side: int = 8192,
     weight_dimension_numbers: Any = None,
     precision: str | None = "highest",
+    mesh: Mesh | None = None,
     momentum: jax.typing.ArrayLike | None = 0.9,
     nesterov: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.0,
@@ -357,6 +369,7 @@ def shampoo(
         max_side: a longer side gets no factor.
         weight_dimension_numbers: which axes make a matrix.
         precision: matmul precision.
+        mesh: devices over which the eigendecompositions are spread.
         momentum: decay of the sum of past steps; None for none.
         nesterov: Nesterov momentum.
         weight_decay: decoupled, multiplied by the learning rate, as in `optax.adamw`.
@@ -367,6 +380,7 @@ def shampoo(
 
     Raises:
         ValueError: as `scale_by_shampoo`.
+        TypeError: as `scale_by_shampoo`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -388,6 +402,7 @@ def shampoo(
             max_side=max_side,
             weight_dimension_numbers=weight_dimension_numbers,
             precision=precision,
+            mesh=mesh,
         ),
         learning_rate,
         momentum=momentum,
