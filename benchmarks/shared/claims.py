@@ -119,9 +119,11 @@ def cell(values: Values, digits: int = 3) -> str:
     """Mean ± standard error over seeds; runs that diverged are counted."""
     good = [x for x in values if math.isfinite(x)]
     lost = len(values) - len(good)
-    parts = [f"{mean(good):.{digits}f}"] if good else []
+    kind = f".{digits}f" if max(map(abs, good), default=0) < 1e6 else ".1e"
+    text = lambda x: format(x, kind).replace("e+", "e")
+    parts = [text(mean(good))] if good else []
     if len(good) > 1:
-        parts = [f"{parts[0]} ± {error(good):.{digits}f}"]
+        parts = [f"{parts[0]} ± {text(error(good))}"]
     return ", ".join(parts + [f"{lost} of {len(values)} diverged"] * (lost > 0))
 
 

@@ -26,7 +26,7 @@ from .runs import Row
 Order = Callable[[str], int]  # a label's place among all labels of a picture
 Panel = Callable[[Axes, Order], None]
 RATIO = ("ratio", "low", "high")
-LOG = {"damping_curve": "log", "train_error": "symlog"}
+LOG = {"damping_curve": "log"}
 
 
 class Line(NamedTuple):
