@@ -123,7 +123,7 @@ def flat(kind, rate, damping):
 
 
 def floor(kind, rate, safety):
-    rule = rmtdamp.StabilityFloor(safety, momentum=momentum[kind])
+    rule = rmtdamp.StabilityFloor(safety=safety, momentum=momentum[kind])
     learner = rmtdamp.DampingLearner(loss_fn, rule=rule, floor=1e-8)
     return rmtdamp.auto_damping(
         inner(kind, rate), learner, refresh_every=5, learning_rate=rate

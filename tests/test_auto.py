@@ -817,7 +817,7 @@ def test_frozen_leaves_inside_are_pointed_out(chained):
         ],
     )
     inner = optax.chain(optax.clip(1.0), adam) if chained else adam
-    tx = auto_damping(inner, DampingLearner(mlp_loss, rule=StabilityFloor(8.0)))
+    tx = auto_damping(inner, DampingLearner(mlp_loss, rule=StabilityFloor(safety=8.0)))
     with pytest.warns(UserWarning, match=r"moves 0/bias, 0/kernel, .* loss_args"):
         tx.init(PARAMS)
     with warnings.catch_warnings(action="error"):

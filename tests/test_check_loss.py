@@ -32,6 +32,16 @@ def token_weighting(params, batch):
     return jnp.sum(weight * losses(params, batch)) / jnp.sum(weight)
 
 
+def test_an_example_alone_that_has_no_loss_is_refused():
+    """Weights normalised over as many examples in each half; the first has none."""
+    sign = jnp.where(jnp.arange(16) % 2 == 0, -1, 1)
+    batch = BATCH.at[:, 0].set(sign * jnp.abs(BATCH[:, 0]))
+    with pytest.raises(
+        ValueError, match=r"for 16 of them, and nan for example 0 alone"
+    ):
+        check_loss(token_weighting, PARAMS, batch)
+
+
 def test_a_root_of_a_mean_is_refused_where_halves_do_not_show_it():
     batch = jnp.concatenate([BATCH[:8], BATCH[:8]])
     root = lambda params, batch: jnp.sqrt(mean(params, batch))

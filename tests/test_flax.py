@@ -215,6 +215,20 @@ def test_the_state_of_an_nnx_optimizer_is_sent_to_its_own_refresh():
             rmtdamp.refresh(given, learner, params, BATCH)
 
 
+def test_params_that_are_variables_are_refreshed_by_hand_as_in_the_step():
+    """Flax nnx, and a state of plain optax."""
+    model = Model(nnx.Rngs(0))
+    learner = DampingLearner(rmtdamp.flax.curvature_loss(model, nnx_loss))
+    variables = nnx.state(model, nnx.Param)
+    given = {"loss_args": rmtdamp.flax.loss_args(model)}
+    found = []
+    for params in (variables, nnx.as_pure(variables)):
+        state = rmtdamp.auto_adam(1e-3, learner, refresh_every=None).init(params)
+        state = rmtdamp.refresh(state, learner, params, BATCH, **given)
+        found.append(optax.tree.get(state, "measured_variance"))
+    assert found[0] == found[1] > 0
+
+
 def test_a_tuple_in_a_tuple_is_pointed_out():
     model = Model(nnx.Rngs(0))
     loss_fn = rmtdamp.flax.curvature_loss(model, nnx_loss)

@@ -102,7 +102,7 @@ def test_the_moments_of_a_label_estimate_its_rows():
 RULES = {
     "eq. 15": rmtdamp.identity_target,
     "floor": StabilityFloor(averaged=True),
-    "aware": StabilityFloor(4.0, averaged=True, preconditioned=True),
+    "aware": StabilityFloor(safety=4.0, averaged=True, preconditioned=True),
     "relative": relative_target,
     "gradient": GradientNorm(),
     "LM": LevenbergMarquardt(),
@@ -358,7 +358,7 @@ def test_kfac_takes_a_damping_for_each_layer(ekfac):
 @pytest.mark.parametrize("preconditioned", [pytest.param(False, marks=SLOWER), True])
 def test_kfac_learns_a_damping_for_each_layer(preconditioned):
     params, factors, batch = kfac_problem()
-    rule = StabilityFloor(8.0, preconditioned=preconditioned)
+    rule = StabilityFloor(safety=8.0, preconditioned=preconditioned)
     learner = rmtdamp.DampingLearner(_loss(factors), rule=rule, labels=by_layer)
     tx = rmtdamp.auto_damping(
         rmtdamp.kfac(0.1, factors), learner, learning_rate=0.1, refresh_every=2

@@ -195,12 +195,12 @@ def rule_of(method: Method):
     floor = functools.partial(StabilityFloor, momentum=momentum, averaged=averaged)
     rules = RULES | {
         "floor": floor(),
-        **{f"floor, c = {c}": floor(float(c)) for c in (1, 2, 4)},
+        **{f"floor, c = {c}": floor(safety=float(c)) for c in (1, 2, 4)},
         "aware floor": StabilityFloor.for_adam(MOMENTUM)
         if averaged
-        else floor(64.0, preconditioned=True),
+        else floor(safety=64.0, preconditioned=True),
         **{
-            f"aware floor, c = {c}": floor(float(c), preconditioned=True)
+            f"aware floor, c = {c}": floor(safety=float(c), preconditioned=True)
             for c in (8, 16)
         },
         "relative": relative_target,

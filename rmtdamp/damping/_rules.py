@@ -235,7 +235,7 @@ def relative_target(moments: HessianMoments | Evidence) -> Shrinkage:
     return Shrinkage(0.0, 1.0, jnp.where(signal, ratio, jnp.inf))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StabilityFloor:
     r"""The least damping at which no direction runs away: delta = c alpha lambda/(2 f).
 
@@ -298,7 +298,7 @@ class StabilityFloor:
     @classmethod
     def for_adam(cls, b1: float = 0.9) -> "StabilityFloor":
         """`auto_adam`'s: four times what the preconditioned Hessian needs."""
-        return cls(4.0, momentum=b1, averaged=True, preconditioned=True)
+        return cls(safety=4.0, momentum=b1, averaged=True, preconditioned=True)
 
     @classmethod
     def for_lanczos(cls, momentum: float = 0.9) -> "StabilityFloor":
@@ -310,7 +310,7 @@ class StabilityFloor:
             that is another in each batch: c = 1 with rho = 0.9 diverged on matrix
             factorisation and state-space models.
         """
-        return cls((1 + momentum) / (1 - momentum), momentum=momentum)
+        return cls(safety=(1 + momentum) / (1 - momentum), momentum=momentum)
 
     @property
     def _eigenvalue(self) -> str:

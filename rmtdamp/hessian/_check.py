@@ -81,7 +81,8 @@ def check_loss(
     few = min(2 * half, 8)
     single = [slice(i, i + 1) for i in range(few)]
     loss, what, each = value, "", [value(part) for part in single]
-    if abs(whole) <= 1e-3 * max(map(abs, each)):
+    sizes = [abs(x) for x in each if math.isfinite(x)]
+    if abs(whole) <= 1e-3 * max(sizes, default=0):
         # Nothing is a sum or a mean of zeros; they have slopes.
         along = random_like(jax.random.key(0), params, scattered)
         slope = jax.jit(
@@ -92,13 +93,14 @@ def check_loss(
         loss = lambda part: float(slope(params, _rows(batch, places[part])))
         what, whole = "'s slope", loss(slice(0, 2 * half))
         each = [loss(part) for part in single]
+        sizes = [abs(x) for x in each if math.isfinite(x)]
     reverse = loss(slice(2 * half - 1, None, -1))
     halves = (loss(slice(0, half)) + loss(slice(half, 2 * half))) / 2
     # Rounding is relative to the losses that are summed, not to a mean of both signs:
     # single examples give their size, and sixteen epsilons leave room for the sum.
     dtype = jax.eval_shape(loss_fn, params, batch, *loss_args).dtype
     allowed = rtol + 16 * float(jnp.finfo(dtype).eps)
-    largest = max(map(abs, each))
+    largest = max(sizes, default=0)
     differs = lambda a, b: abs(a - b) > allowed * max(abs(a), abs(b), largest)
     if differs(reverse, whole):
         raise ValueError(
@@ -121,6 +123,14 @@ def check_loss(
             "(BatchNorm in training mode: use the running averages) or weights "
             "normalised over the batch (a mean over tokens: divide by a constant) "
             "couple the examples"
+        )
+    if len(sizes) < few:
+        (lost, *_) = (i for i, x in enumerate(each) if not math.isfinite(x))
+        raise ValueError(
+            f"loss_fn{what} is not a mean over examples: {whole:.6g} for {2 * half} of "
+            f"them, and {each[lost]} for example {lost} alone. Batch statistics, or "
+            "weights normalised over the batch (a mean over what a mask leaves: divide "
+            "by a constant), couple the examples"
         )
     together, alone = loss(slice(0, few)), sum(each) / few
     if differs(alone, together):

@@ -329,6 +329,12 @@ def _is_variable(node) -> bool:
     return hasattr(node, "get_raw_value")
 
 
+def _variables(tree) -> set[type]:
+    """Their types; those of an `nnx.Optimizer`'s state are its own."""
+    leaves = jax.tree.leaves(tree, is_leaf=_is_variable)
+    return set(map(type, filter(_is_variable, leaves)))
+
+
 def refresh(
     opt_state: optax.OptState,
     measurer: Measurer,
@@ -394,7 +400,7 @@ def refresh(
             "with all its settings, as the transformation was given it (for a loss "
             "function, rmtdamp.DampingLearner(loss_fn))"
         )
-    if any(map(_is_variable, jax.tree.leaves(opt_state, is_leaf=_is_variable))):
+    if _variables(opt_state) - _variables(params):
         raise TypeError(
             "opt_state is that of an nnx.Optimizer, whose arrays are variables: call "
             "rmtdamp.flax.refresh(optimizer, measurer, model, batch)"
