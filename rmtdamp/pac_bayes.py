@@ -244,6 +244,7 @@ def error_bound(
     References:
         Maurer, 2004, theorem 5; Langford and Caruana, 2001, for the draws.
     """
+    check_range("kl", kl, lambda c: c >= 0, "at least 0")
     check_range("num_examples", num_examples, lambda n: n >= 8, "at least 8")
     check_range("num_draws", num_draws, lambda m: m >= 1, "at least 1")
     check_range("num_priors", num_priors, lambda j: j >= 1, "at least 1")

@@ -761,6 +761,21 @@ def test_a_floor_for_another_momentum_is_refused(rule, b1):
         auto_adam(1e-3, DampingLearner(mlp_loss, rule=rule), b1)
 
 
+@pytest.mark.parametrize(
+    "rule", [StabilityFloor.for_adam(), StabilityFloor.for_lanczos(momentum=0.0)]
+)
+def test_a_floor_that_does_not_know_of_a_sum_of_past_steps_is_refused(rule):
+    sums = rmtdamp.adam_shrinkage(1e-3), optax.trace(0.9)
+    tx = auto_damping(optax.chain(*sums), DampingLearner(mlp_loss, rule=rule))
+    with pytest.raises(ValueError, match=r"sums past steps .*for_lanczos\(momentum="):
+        tx.init(PARAMS)
+
+
+def test_a_learning_rate_with_axes_is_refused():
+    with pytest.raises(ValueError, match=r"learning_rate has shape \(1,\), .* one num"):
+        auto_adam(np.array([1e-3]), mlp_loss)
+
+
 def test_a_run_that_sits_on_the_bound_says_so():
     learner = DampingLearner(mlp_loss, min_shrinkage=1 - 1e-6)
     _, state = take_steps(owned(learner), 1)

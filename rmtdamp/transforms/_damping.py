@@ -23,6 +23,7 @@ from rmtdamp.damping import (
     MEASURED,
     Evidence,
     LearnedDamping,
+    StabilityFloor,
     decides_in_the_step,
     is_relative,
     needs_of,
@@ -348,8 +349,9 @@ def auto_damping(
     Raises:
         ValueError: `refresh_every` below 1, a negative learning rate, an inner
             transformation that ignores `damping`; from `init`: one that holds one
-            itself, params with holes; from `update`: params or batch missing, a bad
-            batch, a `damping` from outside, no learning rate where the rule needs one.
+            itself, params with holes, a stability floor that does not know of the
+            momentum inside; from `update`: params or batch missing, a bad batch, a
+            `damping` from outside, no learning rate where the rule needs one.
         TypeError: params that are not real floats, or a loss that is not a scalar.
 
     Example:
@@ -391,12 +393,14 @@ def auto_damping(
 
     def init(params):
         check_whole(params, "auto_damping")
+        inner_state = _init_inside(
+            inner, params, needed, "relative_damping" if relative else "damping"
+        )
+        _check_momentum(learner.rule, inner_state)
         return AutoDampingState(
             count=jnp.zeros((), jnp.int32),
             measured=learner.init(params),
-            inner_state=_init_inside(
-                inner, params, needed, "relative_damping" if relative else "damping"
-            ),
+            inner_state=inner_state,
             previous_params=remembered(params),
         )
 
@@ -445,6 +449,19 @@ def auto_damping(
         return updates, AutoDampingState(count, learned, inner_state, before)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_momentum(rule, inner_state) -> None:
+    """Refuse a floor for a shorter step than a sum of past steps makes."""
+    is_sum = lambda node: isinstance(node, optax.TraceState)
+    nodes = jax.tree.leaves(inner_state, is_leaf=is_sum)
+    short = isinstance(rule, StabilityFloor) and (rule.averaged or rule.momentum == 0)
+    if short and any(map(is_sum, nodes)):
+        raise ValueError(
+            f"rule is {rule!r}, and the transformation sums past steps (optax.trace), "
+            "which takes more damping: hand over the momentum of that sum, "
+            "StabilityFloor(momentum=...) or StabilityFloor.for_lanczos(momentum=...)"
+        )
 
 
 def set_damping(

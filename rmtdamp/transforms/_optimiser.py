@@ -18,7 +18,7 @@ def by_learning_rate(
         The transformation.
 
     Raises:
-        ValueError: a Python number below 0, or NaN.
+        ValueError: a Python number below 0, or NaN, or an array with axes.
         TypeError: a string.
     """
     check_learning_rate(learning_rate)
@@ -26,12 +26,16 @@ def by_learning_rate(
 
 
 def check_learning_rate(learning_rate: Any) -> None:
-    """Refuse a negative Python number.
+    """Refuse a negative Python number, and an array that is none.
 
     Raises:
-        ValueError: `learning_rate` is one, or NaN.
+        ValueError: `learning_rate` is one, or NaN, or has axes.
     """
     check_range("learning_rate", learning_rate, lambda x: x >= 0, "at least 0")
+    if shape := getattr(learning_rate, "shape", ()):
+        raise ValueError(
+            f"learning_rate has shape {shape}, and must be one number or a schedule"
+        )
 
 
 def check_damping(damping: Any) -> None:

@@ -149,7 +149,7 @@ def _deep_runs():
 
 
 def _long_runs():
-    return _adam_and_its_rule(LONG, range(2), WIDER)
+    return _adam_and_its_rule(LONG, range(5), WIDER)
 
 
 def _adam_held_out_runs():
