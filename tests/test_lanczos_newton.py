@@ -17,12 +17,14 @@ from rmtdamp import (
     StabilityFloor,
     auto_damping,
     check_state,
+    kfac,
     lanczos_newton,
     refresh,
     scale_by_lanczos,
     set_damping,
 )
 from rmtdamp.hessian import ggn_matvec, hessian_matvec
+from rmtdamp.kronecker import ModelFactors, make_blocks
 from rmtdamp.transforms import ScaleByLanczosState
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -124,6 +126,85 @@ def test_a_floor_follows_the_ritz_values_of_the_step_before():
     np.testing.assert_allclose(dampings, rate / 2 * np.array(expected), rtol=1e-6)
     assert held <= top
     assert float(get(state, "max_eigenvalue")) == held
+
+
+@pytest.mark.parametrize(("rate", "ahead"), [(1e-3, 0), (0.1, 9), (0.1, 0)])
+def test_its_floor_sees_a_rising_rate_ahead(rate, ahead):
+    """Momentum keeps steps that were divided for the rate of their own time."""
+    schedule = lambda step: rate * step / 9 if ahead else rate * (1 - step / 100)
+    measurer = RitzMeasurer(quadratic_loss, num_steps=3, start="gradient")
+    rule = StabilityFloor.for_lanczos(momentum=0.9)
+    learner = DampingLearner(quadratic_loss, rule=rule, floor=1e-9)
+    tx = auto_damping(
+        lanczos_newton(schedule, measurer), learner, learning_rate=schedule
+    )
+    _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS, batch=BATCH)
+    # c alpha lambda / (2 f), f = 1 + rho and c = f / (1 - rho).
+    expected = 5 * rate * get(state, "max_eigenvalue")
+    np.testing.assert_allclose(get(state, "damping"), expected, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["kfac", "newton"])
+def test_a_warm_up_from_zero_trains_under_the_floor(kind):
+    """With the rate of the step alone the losses went to 10 and 10,000."""
+    inputs = jax.random.normal(jax.random.key(1), (1024, 12))
+    labels = jnp.argmax(inputs[:, :5] ** 2, axis=1)
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = {
+        name: {"kernel": jax.random.normal(k, shape) / 4, "bias": jnp.zeros(shape[1])}
+        for name, k, shape in zip("ab", keys, ((12, 32), (32, 5)), strict=True)
+    }
+
+    def model_fn(params, x, tape=None):
+        for name in "ab":
+            z = x @ params[name]["kernel"] + params[name]["bias"][None]
+            z = tape.linear(name, x, z) if tape else z
+            x = jax.nn.relu(z)
+        return z
+
+    def criterion(logits, labels):
+        return optax.losses.softmax_cross_entropy_with_integer_labels(
+            logits, labels
+        ).mean()
+
+    def loss_fn(params, batch):
+        return criterion(model_fn(params, batch[0]), batch[1])
+
+    rate = optax.warmup_cosine_decay_schedule(0.0, 0.3, 50, 300)
+    layers = {x: {"kernel": f"{x}/kernel", "bias": f"{x}/bias"} for x in "ab"}
+    inner, rule = {
+        "kfac": lambda: (
+            kfac(
+                rate,
+                ModelFactors(
+                    model_fn=model_fn,
+                    criterion=criterion,
+                    blocks=make_blocks(params, layers),
+                ),
+            ),
+            StabilityFloor(),
+        ),
+        "newton": lambda: (
+            lanczos_newton(rate, RitzMeasurer(loss_fn)),
+            StabilityFloor.for_lanczos(),
+        ),
+    }[kind]()
+    learner = DampingLearner(loss_fn, rule=rule)
+    tx = auto_damping(inner, learner, learning_rate=rate)
+
+    def step(carry, places):
+        params, state = carry
+        batch = inputs[places], labels[places]
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        updates, state = tx.update(grads, state, params, batch=batch)
+        return (optax.apply_updates(params, updates), state), loss
+
+    places = jax.random.randint(jax.random.key(2), (300, 64), 0, 1024)
+    train = jax.jit(lambda carry: jax.lax.scan(step, carry, places)[1])
+    losses = train((params, tx.init(params)))
+    assert jnp.max(losses) < 2 * losses[0]
+    assert jnp.mean(losses[-20:]) < losses[0] / 4
 
 
 @pytest.mark.slow

@@ -247,6 +247,12 @@ class StabilityFloor:
     leaves room for a lambda_max that changes between measurements and from batch to
     batch, and for the steps of KFAC, which are long wherever B sees little.
 
+    Momentum that sums keeps steps that were divided with the damping of their own time,
+    and multiplies them with the learning rate of now. While the rate rises they would
+    be too long, from 0 without bound. So alpha is the larger of the schedule's value of
+    now and rho / (1 - rho) steps on, which `auto_damping(..., learning_rate=schedule)`
+    can see; of a rate that is handed to `update`, begin a warm-up at a tenth.
+
     It follows the learning rate and the scale of the loss, and does not depend on the
     number of parameters. Its unit is that of a Hessian eigenvalue, right for KFAC and
     Lanczos-Newton, times the learning rate; in Adam that is a gradient.
@@ -320,6 +326,11 @@ class StabilityFloor:
     def needs(self) -> frozenset[str]:
         """The learning rate and one of the two eigenvalues."""
         return frozenset({self._eigenvalue, "learning_rate"})
+
+    @property
+    def steps_ahead(self) -> int:
+        """How far to look ahead in a schedule: as long as past steps are summed."""
+        return 0 if self.averaged else round(self.momentum / (1 - self.momentum))
 
     def __call__(self, evidence: Evidence) -> Shrinkage:
         """The damping, towards the largest eigenvalue itself."""
@@ -507,6 +518,11 @@ class Sum:
     def needs(self) -> frozenset[str]:
         """All that one of them needs."""
         return frozenset().union(*map(needs_of, self.rules))
+
+    @property
+    def steps_ahead(self) -> int:
+        """The furthest that one of them looks ahead in a schedule."""
+        return max(getattr(rule, "steps_ahead", 0) for rule in self.rules)
 
     def _combined(self, evidence: Evidence, combine) -> Shrinkage:
         found = [rule(evidence) for rule in self.rules]

@@ -272,9 +272,11 @@ def _seen_inside(inner_state) -> jax.Array | float:
     return functools.reduce(jnp.fmax, seen, jnp.nan)
 
 
-def _known_in_step(needed, parts, count, updates, own, learning_rate) -> Evidence:
+def _known_in_step(
+    rule, parts, count, updates, own: Any, learning_rate: Any
+) -> Evidence:
     """What a step shows to a rule."""
-    known = Evidence()
+    known, needed = Evidence(), needs_of(rule)
     if "gradient_norm" in needed:
         known = known._replace(gradient_norm=jnp.sqrt(parts.vdot(updates, updates)))
     if "learning_rate" in needed:
@@ -285,7 +287,12 @@ def _known_in_step(needed, parts, count, updates, own, learning_rate) -> Evidenc
                 "schedule to auto_damping(..., learning_rate=...), or its value to "
                 "update(..., learning_rate=...)"
             )
-        known = known._replace(learning_rate=rate(count) if callable(rate) else rate)
+        if callable(rate):
+            ahead = getattr(rule, "steps_ahead", 0)
+            now, later = (jnp.asarray(rate(count + k)) for k in (0, ahead))
+            # Past the end of a run a schedule may be NaN.
+            rate = jnp.fmax(now, later) if ahead else now
+        known = known._replace(learning_rate=rate)
     return known
 
 
@@ -341,7 +348,8 @@ def auto_damping(
             None for never in the step.
         learning_rate: alpha, a number or a schedule of the step, for a rule that needs
             it, such as `rmtdamp.damping.StabilityFloor`: that of the optimiser. It can
-            be handed to `update` as an extra argument, too, which goes before this one.
+            be handed to `update` as an extra argument, too, which goes before this one;
+            a rule that looks ahead in a schedule (`steps_ahead`) cannot do so then.
 
     Returns:
         A gradient transformation.
@@ -431,7 +439,7 @@ def auto_damping(
                 learned = settling.settle(learned, params)
         if decides_in_the_step(learner.rule):
             known = _known_in_step(
-                needed, parts, state.count, updates, own, learning_rate
+                learner.rule, parts, state.count, updates, own, learning_rate
             )
             if "max_eigenvalue" in needed and learner.labels is None:
                 known = known._replace(max_eigenvalue=_seen_inside(state.inner_state))
