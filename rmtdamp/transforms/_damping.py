@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from rmtdamp._checks import check_every, check_range
-from rmtdamp._jax import depends
+from rmtdamp._jax import depends, is_traced
 from rmtdamp._parts import Parts, spread_prefix
 from rmtdamp._tree import accumulation_dtype, aligned, leaf_names, scale, vdot
 from rmtdamp._types import LossFn
@@ -463,8 +463,9 @@ def _check_momentum(rule, inner_state) -> None:
     """Refuse a floor for a shorter step than a sum of past steps makes."""
     is_sum = lambda node: isinstance(node, optax.TraceState)
     nodes = jax.tree.leaves(inner_state, is_leaf=is_sum)
-    short = isinstance(rule, StabilityFloor) and (rule.averaged or rule.momentum == 0)
-    if short and any(map(is_sum, nodes)):
+    if not isinstance(rule, StabilityFloor) or is_traced(rule.momentum):
+        return
+    if (rule.averaged or rule.momentum == 0) and any(map(is_sum, nodes)):
         raise ValueError(
             f"rule is {rule!r}, and the transformation sums past steps (optax.trace), "
             "which takes more damping: hand over the momentum of that sum, "
