@@ -218,9 +218,14 @@ def check_params(params: Params) -> None:
 
     Raises:
         TypeError: a leaf is not an array of a real floating dtype, or is state of an
-            nnx model that nobody trains.
+            nnx model that nobody trains; they are a function.
         ValueError: there is no element at all.
     """
+    if isinstance(params, jax.tree_util.Partial):
+        raise TypeError(
+            "params are a function, such as hessian_matvec makes one, and have to be a "
+            "pytree of arrays: the function comes first, trace(matvec, params, key)"
+        )
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if any(without_box(path) != path for path, _ in leaves):
         _refuse_nnx_state(params)

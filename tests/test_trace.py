@@ -12,6 +12,7 @@ from matfree import stochtrace
 from problems import dense_hessian, mlp, mlp_batch, mlp_loss, symmetric
 
 from rmtdamp._tree import rademacher
+from rmtdamp.hessian import hessian_matvec
 from rmtdamp.hessian._trace import diagonal, trace
 
 TRACE = ["hutchinson", "hutch++", "xtrace"]
@@ -431,3 +432,7 @@ def test_errors_from_like_and_products():
         run(lambda v: v, jnp.ones(3, jnp.int32))
     with pytest.raises(ValueError, match=r"shape \(2,\)"):
         run(lambda v: v[:2], jnp.ones(3))
+    loss = lambda params, batch: jnp.mean((batch @ params) ** 2)
+    matvec = hessian_matvec(loss, jnp.ones(3), jnp.ones((4, 3)))
+    with pytest.raises(TypeError, match=r"the function comes first, trace\(matvec"):
+        run(jnp.ones(3), matvec)

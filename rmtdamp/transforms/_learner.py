@@ -188,8 +188,9 @@ class DampingLearner:
         held = measured.eigenvector is not None, measured.probe is not None
         if held != ("max_eigenvalue" in needed, "effective_eigenvalue" in needed):
             raise ValueError(
-                f"the state is not that of a learner with the rule {self.rule!r}: hand "
-                "to refresh the very learner that the transformation was given"
+                f"the state is not that of a learner with the rule {self.rule!r}: it "
+                "belongs to the transformation whose init made it, and refresh takes "
+                "the very learner that this was given"
             )
         traced = is_traced(context, measured)
         learn = _learn if traced else _compiled_learn
