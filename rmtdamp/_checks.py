@@ -217,11 +217,9 @@ def most_rejected(tried: Any, rejected: Any) -> bool:
 
     Args:
         tried: count, with an axis of runs under `vmap`.
-        rejected: count, for each label too.
+        rejected: count of those that were not finite.
 
     Returns:
-        A bool; eager, and in numpy: jax would compile each comparison.
+        A bool; eager, and in numpy: jax would compile the comparison.
     """
-    tried, rejected = map(np.asarray, (tried, rejected))
-    tried = tried.reshape(tried.shape + (1,) * (rejected.ndim - tried.ndim))
-    return bool((2 * rejected > tried).any())
+    return bool((2 * np.asarray(rejected) > np.asarray(tried)).any())

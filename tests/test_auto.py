@@ -663,7 +663,7 @@ def test_one_place_for_a_setting():
 def test_a_run_whose_measurements_all_fail_says_so():
     bad = (BATCH[0].at[0, 0].set(jnp.nan), BATCH[1])
     _, state = take_steps(owned(refresh_every=1), 2, batch=bad)
-    with pytest.warns(UserWarning, match="most measurements of the damping could not"):
+    with pytest.warns(UserWarning, match="no measurement of the damping could be used"):
         rmtdamp.check_state(state)
 
 
@@ -681,21 +681,6 @@ def test_a_state_of_nan_says_so(finite):
             rmtdamp.check_state(state)
         said.append(any("state holds NaN" in str(x.message) for x in caught))
     assert said == [False, not finite, not finite]
-
-
-@pytest.mark.parametrize(("good", "bad"), [(3, 2), (2, 3)])
-def test_a_run_that_diverges_says_so(good, bad):
-    learner = DampingLearner(mlp_loss)
-    tx = owned(learner, refresh_every=None)
-    state = tx.init(PARAMS)
-    for _ in range(good):
-        state = refresh(state, learner, PARAMS, BATCH)
-    with warnings.catch_warnings(record=True, action="always") as caught:
-        for _ in range(bad):
-            state = refresh(state, learner, jax.tree.map(jnp.log, PARAMS), BATCH)
-    assert get(state, "refresh_rejections") == bad
-    said = [x for x in caught if "most measurements of the damp" in str(x.message)]
-    assert len(said) == (bad > good)
 
 
 def lost(known):

@@ -1,6 +1,7 @@
 """Lanczos-Newton: eq. 9 against dense algebra, its subspace's life, what it refuses."""
 
 import functools
+import warnings
 from typing import NamedTuple
 
 import chex
@@ -595,3 +596,15 @@ def test_a_run_whose_subspace_is_never_finite_says_so():
     _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS, batch=BATCH * jnp.nan)
     with pytest.warns(UserWarning, match="most measurements of the Ritz subspace"):
         check_state(state)
+
+
+@pytest.mark.parametrize(("good", "bad"), [(3, 2), (2, 3)])
+def test_a_run_that_diverges_says_so(good, bad):
+    tx = newton(refresh_every=None)
+    state = tx.init(PARAMS)
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        for batch in [BATCH] * good + [jnp.nan * BATCH] * bad:
+            state = refresh(state, tx.measurer, PARAMS, batch, grads=GRADS)
+    assert get(state, "subspace_rejections") == bad
+    said = [x for x in caught if "most measurements of the Ritz" in str(x.message)]
+    assert len(said) == (bad > good)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmtdamp._checks import most_rejected
 from rmtdamp._jax import is_traced
 from rmtdamp._parts import WHOLE, Parts
 from rmtdamp._types import Params
@@ -99,15 +98,19 @@ class LearnedDamping(NamedTuple):
                 "place of a mean, dropout, batch statistics? "
                 "rmtdamp.check_loss(loss_fn, params, batch) tells"
             )
-        tried = np.asarray(self.refresh_attempts)
-        if (tried != 1).all() and most_rejected(tried, self.refresh_rejections):
+        tried, rejected = map(
+            np.asarray, (self.refresh_attempts, self.refresh_rejections)
+        )
+        # Under `vmap` a counter has an entry for each run, before those of labels. Of a
+        # run that goes well some are rejected too: those far from all before them.
+        tried = tried.reshape(tried.shape + (1,) * (rejected.ndim - tried.ndim))
+        if ((tried != 1) & (rejected > 0) & (rejected >= tried)).any():
             found.append(
-                "most measurements of the damping could not be used "
-                '(optax.tree.get(opt_state, "refresh_rejections")): it stays where it '
-                "was, at first at its floor; the Hessian is not finite or zero, a "
-                "batch holds one example, the learning rate is no positive number, or "
-                "the rule finds no valid damping, as one that reads what it does not "
-                "name among its `needs`"
+                "no measurement of the damping could be used "
+                '(optax.tree.get(opt_state, "refresh_rejections")): it stays at its '
+                "floor; the Hessian is not finite or zero, a batch holds one example, "
+                "the learning rate is no positive number, or the rule finds no valid "
+                "damping, as one that reads what it does not name among its `needs`"
             )
         if (np.asarray(self.refresh_caps) > 0).any():
             found.append(

@@ -443,7 +443,7 @@ def check_state(opt_state: optax.OptState) -> None:
     """Warn about what the measurements of a run say is wrong with it. Eager.
 
     Values cannot raise in a compiled step, so they are counted in its state: losses
-    that are no mean over the batch, measurements most of which could not be used, a
+    that are no mean over the batch, measurements most or all of which failed, a
     damping that sits on its bound, steps without the measurement by hand that they wait
     for. This puts the counters into words, and tells of NaN in what the optimiser
     keeps. `refresh` does the former by itself; call it after the first measurement of a
