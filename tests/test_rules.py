@@ -79,6 +79,40 @@ def test_the_stability_floor_is_that_of_a_damped_step():
             close(rule(known).damping, 8 * found.damping)
 
 
+@pytest.mark.parametrize(
+    ("momentum", "averaged", "safety"),
+    [(0.0, False, 8), (0.9, False, 8), (0.99, True, 8), (0.99, False, 8 / 19 * 199)],
+)
+def test_the_floor_grows_with_momentum_that_sums(momentum, averaged, safety):
+    known = Evidence(max_eigenvalue=5.0, learning_rate=0.3)
+    options = {"momentum": momentum, "averaged": averaged}
+    expected = StabilityFloor(safety=safety, **options)(known).damping
+    close(StabilityFloor(**options)(known).damping, expected)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99])
+def test_a_scattering_curvature_is_stable_above_its_safety_factor(momentum):
+    """The docstring's c: second moments of a heavy ball on h x^2 / 2, h = 1 +- v^1/2.
+
+    (x, velocity) <- A(h) (x, velocity), so the moments go by the mean of A (x) A, and
+    are stable where its eigenvalues are within the unit circle.
+    """
+    variance = 0.37
+
+    def growth(safety):
+        rule = StabilityFloor(safety=safety, momentum=momentum)
+        known = Evidence(max_eigenvalue=1.0, learning_rate=0.3)
+        rate = 0.3 / float(rule(known).damping)
+        maps = [
+            np.array([[1 - rate * h, -rate * momentum], [h, momentum]])
+            for h in (1 - variance**0.5, 1 + variance**0.5)
+        ]
+        return max(abs(np.linalg.eigvals(sum(np.kron(a, a) for a in maps) / 2)))
+
+    bound = 1 + variance * (1 + momentum) / (1 - momentum)
+    assert growth(1.01 * bound) < 1 < growth(0.99 * bound)
+
+
 def test_the_floors_for_adam_and_lanczos_have_their_momentum():
     known = Evidence(1.0, 1.0, 1.0, 5.0, 5.0, learning_rate=0.3)
     lanczos = StabilityFloor.for_lanczos(momentum=0.5)

@@ -245,7 +245,9 @@ class StabilityFloor:
     (1 + b1) / (1 - b1) for one that averages. So delta = alpha lambda_max / (2 f) is
     the smallest damping that is safe wherever B is blind, and c = `safety` times it
     leaves room for a lambda_max that changes between measurements and from batch to
-    batch, and for the steps of KFAC, which are long wherever B sees little.
+    batch, and for the steps of KFAC, which are long wherever B sees little. A curvature
+    that scatters by a relative variance v between batches is stable in mean square
+    where c > 1 + v (1 + rho) / (1 - rho), so c grows with momentum that sums.
 
     Momentum that sums keeps steps that were divided with the damping of their own time,
     and multiplies them with the learning rate of now. While the rate rises they would
@@ -268,7 +270,9 @@ class StabilityFloor:
     `scale_by_kfac`, `scale_by_lanczos`, and the optimisers made of them).
 
     Args:
-        safety: c; 8 was chosen for KFAC, with lambda_max(H), and `for_adam` takes 4,
+        safety: c. None is 8, and above a rho of 0.9 (that sums)
+            8/19 (1 + rho) / (1 - rho), 16 at 0.95 and 84 at 0.99: 8 was chosen for KFAC
+            at 0.9, with lambda_max(H), and is v = 0.4. `for_adam` takes 4,
             preconditioned: more costs where Adam trains best near its own threshold
             (a transformer), less reaches fewer learning rates. `for_lanczos` takes 1
             without momentum: the largest |Ritz value| of the step before takes the
@@ -292,13 +296,14 @@ class StabilityFloor:
         Granziol and Baskerville, section 8, eq. 17, read as a rule.
     """
 
-    safety: float = 8.0
+    safety: float | None = None
     momentum: float = 0.9
     averaged: bool = False
     preconditioned: bool = False
 
     def __post_init__(self) -> None:
-        check_range("safety", self.safety, lambda x: x > 0, "above 0")
+        if self.safety is not None:
+            check_range("safety", self.safety, lambda x: x > 0, "above 0")
         check_decays(momentum=self.momentum)
 
     @classmethod
@@ -317,6 +322,13 @@ class StabilityFloor:
             factorisation and state-space models.
         """
         return cls(safety=(1 + momentum) / (1 - momentum), momentum=momentum)
+
+    @property
+    def _factor(self) -> float:
+        if self.safety is not None:
+            return self.safety
+        momentum = 0.9 if self.averaged else max(self.momentum, 0.9)
+        return 8 / 19 * (1 + momentum) / (1 - momentum)
 
     @property
     def _eigenvalue(self) -> str:
@@ -338,7 +350,7 @@ class StabilityFloor:
         stable = stable_learning_rate(
             value, momentum=self.momentum, averaged=self.averaged
         )
-        return Shrinkage(self.safety * evidence.learning_rate / stable, value)
+        return Shrinkage(self._factor * evidence.learning_rate / stable, value)
 
 
 @dataclasses.dataclass(frozen=True)
