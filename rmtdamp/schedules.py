@@ -4,17 +4,20 @@ Both are piecewise linear in t / T, with t the step and T the total. The authors
 them once an epoch; here they move with the step, which is the same line.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from ._checks import check_range
+
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
 
 def _piecewise_linear(init_value, total_steps, fractions, factors) -> Schedule:
-    if isinstance(total_steps, int) and total_steps < 1:
-        raise ValueError(f"total_steps is {total_steps}, and must be at least 1")
+    check_range("total_steps", total_steps, lambda n: n >= 1, "at least 1")
+    check_range("init_value", init_value, math.isfinite, "finite")
 
     def schedule(count):
         progress = jnp.asarray(count, jnp.float32) / total_steps
@@ -40,7 +43,8 @@ def linear_anneal_schedule(
         A function of the step.
 
     Raises:
-        ValueError: fewer than one step in total.
+        ValueError: fewer than one step in total, or a rate that is not finite.
+        TypeError: a string for a number.
 
     Example:
         >>> from rmtdamp.schedules import linear_anneal_schedule
@@ -75,7 +79,8 @@ def ramp_anneal_schedule(
         A function of the step.
 
     Raises:
-        ValueError: fewer than one step in total.
+        ValueError: fewer than one step in total, or a rate that is not finite.
+        TypeError: a string for a number.
 
     Example:
         >>> from rmtdamp.schedules import ramp_anneal_schedule

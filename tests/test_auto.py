@@ -503,8 +503,10 @@ HOLES = lambda: optax.masked(owned(), [{"kernel": True, "bias": False}] * 2)
         (lambda: DampingLearner(mlp_loss, min_shrinkage=0.0), "min_shrinkage is 0.0"),
         (
             lambda: DampingLearner(mlp_loss, num_microbatches=1),
-            "num_microbatches is 1, and must be at least 2, for a",
+            "num_microbatches is 1, .* a whole number of at least 2, for a",
         ),
+        (lambda: DampingLearner(mlp_loss, num_microbatches=2.5), "is 2.5, .* a whole"),
+        (lambda: DampingLearner(mlp_loss, mode="rr"), "mode is 'rr': choose from"),
         (lambda: DampingLearner(mlp_loss, num_probes=0), "num_probes is 0"),
         (lambda: DampingLearner(mlp_loss, batch_size=0), "batch_size is 0"),
     ],

@@ -39,6 +39,10 @@ def test_schedules_drive_optax(standard_promotion):
     np.testing.assert_allclose(updates, -0.5)
 
 
-def test_no_steps():
+def test_bad_numbers():
     with pytest.raises(ValueError, match="total_steps is 0, and must be at least 1"):
         linear_anneal_schedule(0.1, 0)
+    with pytest.raises(ValueError, match="init_value is nan, and must be finite"):
+        linear_anneal_schedule(float("nan"), 10)
+    with pytest.raises(TypeError, match="init_value is the string 'a'"):
+        ramp_anneal_schedule("a", 10)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rmtdamp._basis import draw, normalised, unpack
-from rmtdamp._checks import check_decays, check_range
+from rmtdamp._checks import check_decays, check_mode, check_range
 from rmtdamp._jax import is_traced, matmul_precision
 from rmtdamp._parts import Labels, Parts, as_function, parts_of
 from rmtdamp._sharding import regrouped
@@ -86,8 +86,8 @@ class DampingLearner:
             positive v, as for one label; a local maximum of v^T H v over such v else.
 
     Raises:
-        ValueError: a number out of its range; from `init`, labels that are no prefix of
-            params.
+        ValueError: a number out of its range, or an unknown mode; from `init`, labels
+            that are no prefix of params.
         TypeError: `loss_fn` or `rule` is not callable.
 
     Example:
@@ -133,12 +133,15 @@ class DampingLearner:
         check_decays(decay=self.decay)
         bound = self.min_shrinkage
         check_range("min_shrinkage", bound, lambda x: 0 < x < 1, "in (0, 1)")
-        num = self.num_microbatches
-        check_range(
-            "num_microbatches", num, lambda n: n >= 2, "at least 2, for a variance"
-        )
-        check_range("num_probes", self.num_probes, lambda n: n >= 1, "at least 1")
-        check_range("batch_size", self.batch_size, lambda n: n >= 1, "at least 1")
+        for name, least, why in (
+            ("num_microbatches", 2, ", for a variance"),
+            ("num_probes", 1, ""),
+            ("batch_size", 1, ""),
+        ):
+            whole = lambda n, least=least: n >= least and n % 1 == 0
+            bound = f"a whole number of at least {least}{why}"
+            check_range(name, getattr(self, name), whole, bound)
+        check_mode(self.mode)
 
     def init(self, params: Params) -> LearnedDamping:
         """The state before any measurement: the damping is `floor`."""
