@@ -103,7 +103,7 @@ fig.tight_layout()
 #
 # Both optimisers at four flat dampings and under the stability floor. The momentum of
 # Lanczos-Newton is off, as in eq. 9; the rule must be told. The floor's safety factor
-# of 8 was chosen for KFAC; Lanczos-Newton takes 1 (`StabilityFloor.for_lanczos`), and
+# of 12 was chosen for KFAC; Lanczos-Newton takes 1 (`StabilityFloor.for_lanczos`), and
 # is shown with 8, too.
 
 # %%
@@ -155,7 +155,7 @@ run_flat = jax.jit(
 
 
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True)
-safeties = {"kfac": (8.0,), "newton": (1.0, 8.0)}
+safeties = {"kfac": (12.0,), "newton": (1.0, 8.0)}
 names = {"kfac": "KFAC, rate 0.03", "newton": "Lanczos-Newton, rate 0.3"}
 for ax, (kind, rate) in zip(axes, {"kfac": 0.03, "newton": 0.3}.items()):
     for damping in (1e-3, 1e-2, 1e-1, 1.0):

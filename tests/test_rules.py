@@ -76,12 +76,12 @@ def test_the_stability_floor_is_that_of_a_damped_step():
             assert found.target == 5
             rule = StabilityFloor(**options)
             assert needs_of(rule) == {of, "learning_rate"}
-            close(rule(known).damping, 8 * found.damping)
+            close(rule(known).damping, (8 if averaged else 12) * found.damping)
 
 
 @pytest.mark.parametrize(
     ("momentum", "averaged", "safety"),
-    [(0.0, False, 8), (0.9, False, 8), (0.99, True, 8), (0.99, False, 8 / 19 * 199)],
+    [(0.0, False, 8), (0.9, False, 12), (0.99, True, 8), (0.99, False, 12 / 19 * 199)],
 )
 def test_the_floor_grows_with_momentum_that_sums(momentum, averaged, safety):
     known = Evidence(max_eigenvalue=5.0, learning_rate=0.3)

@@ -194,8 +194,8 @@ def rule_of(method: Method):
     momentum = 0.0 if method.optimizer == "subspace" else MOMENTUM
     floor = functools.partial(StabilityFloor, momentum=momentum, averaged=averaged)
     rules = RULES | {
-        "floor": floor(),
-        **{f"floor, c = {c}": floor(safety=float(c)) for c in (1, 2, 4)},
+        "floor": floor(safety=8.0),
+        **{f"floor, c = {c}": floor(safety=float(c)) for c in (1, 2, 4, 12, 16)},
         "aware floor": StabilityFloor.for_adam(MOMENTUM)
         if averaged
         else floor(safety=64.0, preconditioned=True),
