@@ -199,4 +199,4 @@ fig.tight_layout()
 # | you know the damping | `set_damping` |
 #
 # This is one seed on one task. [The measured comparison](../docs/evidence.md) has up
-# to five seeds and four tasks, and rules from elsewhere beside these.
+# to ten seeds, more tasks, and rules from elsewhere beside these.

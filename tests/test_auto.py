@@ -614,15 +614,20 @@ def dropout_loss(params, batch, key_data):
 LARGE = mlp_batch(jax.random.key(1), 128, SIZES, jnp.float32)
 
 
+NO_MEANS = [
+    (batch_norm_loss, ()),
+    (dropout_loss, (jax.random.key_data(jax.random.key(3)),)),
+]
+
+
 @pytest.mark.parametrize(
-    ("loss", "loss_args"),
+    ("loss", "loss_args", "rule"),
     [
-        (sum_loss, ()),
-        (batch_norm_loss, ()),
-        (dropout_loss, (jax.random.key_data(jax.random.key(3)),)),
+        (sum_loss, (), identity_target),
+        (sum_loss, (), StabilityFloor.for_adam()),
+        *((*case, identity_target) for case in NO_MEANS),
     ],
 )
-@pytest.mark.parametrize("rule", [identity_target, StabilityFloor.for_adam()])
 def test_a_loss_that_is_no_mean_is_counted_and_named(loss, loss_args, rule):
     """Whether moments are measured, with the losses beside them, or an eigenvalue."""
     learner = DampingLearner(loss, rule=rule)
@@ -634,6 +639,15 @@ def test_a_loss_that_is_no_mean_is_counted_and_named(loss, loss_args, rule):
     with pytest.warns(UserWarning, match="is not the mean of its microbatches"):
         state = refresh(tx.init(PARAMS), learner, PARAMS, LARGE, loss_args=loss_args)
     assert get(state, "loss_mismatches") == 1
+
+
+@pytest.mark.parametrize(("loss", "loss_args"), NO_MEANS)
+def test_an_eigenvalue_needs_no_mean_over_examples(loss, loss_args):
+    learner = DampingLearner(loss, rule=StabilityFloor.for_adam())
+    tx = owned(learner, refresh_every=1, learning_rate=1e-3)
+    _, state = take_steps(tx, 2, batch=LARGE, loss_args=loss_args)
+    assert get(state, "loss_mismatches") == 0
+    rmtdamp.check_state(state)
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1.0, 1e3])

@@ -302,6 +302,44 @@ def test_a_module_in_place_of_its_params_is_refused():
         rmtdamp.check_loss(loss, nnx.state(nnx.Dropout(0.5, rngs=rngs)), jnp.ones(8))
 
 
+def test_curvature_of_the_loss_in_training_mode():
+    """BatchNorm by the batch, Dropout off: a floor's eigenvalue is of this loss."""
+    model = Model(nnx.Rngs(0))
+    of_batch = rmtdamp.flax.curvature_loss(model, nnx_loss, batch_statistics=True)
+    averages = rmtdamp.flax.curvature_loss(model, nnx_loss)
+    params, state = (
+        (nnx.as_pure(nnx.state(model, nnx.Param)),),
+        rmtdamp.flax.loss_args(model),
+    )
+
+    def by_hand(params, batch):
+        p = jax.tree.map(jnp.atleast_2d, params)
+        z = batch[0] @ p["dense"]["kernel"] + p["dense"]["bias"]
+        mean, var = (f(z, axis=0, keepdims=True) for f in (jnp.mean, jnp.var))
+        z = (z - mean) / jnp.sqrt(var + 1e-5) * p["norm"]["scale"] + p["norm"]["bias"]
+        logits = jax.nn.relu(z) @ p["out"]["kernel"] + p["out"]["bias"]
+        return cross_entropy(logits, batch[1])
+
+    expected = by_hand(*params, BATCH)
+    np.testing.assert_allclose(of_batch(*params, BATCH, *state), expected, rtol=1e-5)
+    assert abs(averages(*params, BATCH, *state) - expected) > 0.01
+    rule = rmtdamp.StabilityFloor()
+    learner = rmtdamp.DampingLearner(of_batch, rule=rule)
+    sgd = rmtdamp.auto_damping(
+        rmtdamp.adam_shrinkage(0.1), learner, learning_rate=0.1, refresh_every=None
+    )
+    optimizer = nnx.Optimizer(model, sgd, wrt=nnx.Param)
+    for _ in range(30):  # no warning: an eigenvalue needs no mean over examples
+        rmtdamp.flax.refresh(optimizer, learner, model, BATCH)
+    rmtdamp.check_state(optimizer.opt_state)
+    dense = rmtdamp.hessian.to_dense(
+        rmtdamp.hessian.hessian_matvec(by_hand, *params, BATCH), *params
+    )
+    largest = np.abs(np.linalg.eigvalsh(dense)).max()
+    found = value(optimizer, "max_eigenvalue")
+    np.testing.assert_allclose(found, largest, rtol=1e-2)
+
+
 def test_swapped_arguments_are_named():
     model, loss = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), lambda m, b: jnp.mean(m(b))
     for make in (rmtdamp.flax.curvature_loss, rmtdamp.flax.nnx_factors):

@@ -35,6 +35,9 @@ def check_loss(
       so must the mean over up to eight single examples (a root of a mean, which halves
       hardly show).
 
+    A rule without moments (`StabilityFloor`) needs none of this, only a mean: its loss
+    with BatchNorm in training mode is refused here and is right there.
+
     Evaluating the same batch twice would show neither. Where the loss is next to zero,
     as a policy gradient's at its start, a slope of it is compared.
 

@@ -51,7 +51,7 @@ class DampingLearner:
     Args:
         loss_fn: `loss_fn(params, batch, *loss_args) -> scalar`, the mean loss in
             evaluation mode (no dropout, running averages) and without a loss scale; see
-            `check_loss`.
+            `check_loss`. Under a `StabilityFloor` BatchNorm in training mode.
         floor: delta*, the damping before the first measurement, added to what the rule
             decides, in the unit of the damping. The default, 1e-4, is small for KFAC
             and a large eps for Adam, which takes 1e-8. At 0 the damping may be 0, and a
@@ -397,7 +397,8 @@ def _mismatches(counted, learner, context, count: int, mean_loss) -> jax.Array:
     """One more if a batch's loss differs from the mean of its parts' losses.
 
     It does for a sum, for batch statistics and for dropout; a loss that is not finite
-    says nothing. With no `mean_loss` the parts are two halves.
+    says nothing. With no `mean_loss` there are no moments to go wrong: batch statistics
+    and dropout may be meant, and the losses of two halves show a sum alone.
 
     Returns:
         The count.
@@ -406,11 +407,12 @@ def _mismatches(counted, learner, context, count: int, mean_loss) -> jax.Array:
     loss_of = lambda part: learner.loss_fn(context.params, part, *context.loss_args)
     with matmul_precision(learner.precision):
         loss = loss_of(batch)
+        allowed = 1e-4 + 16 * float(jnp.finfo(loss.dtype).eps)
         if mean_loss is None:
+            allowed = 0.25  # half for a sum
             # At once: XLA on a CPU runs convolutions slowly in a loop.
             parts = jax.tree.map(lambda x: regrouped(x, 2), batch)
             mean_loss = jnp.mean(jax.vmap(loss_of, in_axes=1)(parts))
-    allowed = 1e-4 + 16 * float(jnp.finfo(loss.dtype).eps)
     dtype = accumulation_dtype(context.params)
     loss, mean_loss = loss.astype(dtype), mean_loss.astype(dtype)
     scale = jnp.maximum(jnp.abs(loss), jnp.abs(mean_loss))
