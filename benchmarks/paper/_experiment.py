@@ -124,7 +124,7 @@ def carry_out(experiment: Experiment, folder: pathlib.Path, results=RESULTS) -> 
 
 def record_of(experiment: Experiment, rows: list[Row]) -> Row:
     """What is kept of an experiment: its words and what its runs say."""
-    text, checks = experiment.text, experiment.checks(experiment.found(rows))
+    text, checks = experiment.text, list(experiment.checks(experiment.found(rows)))
     record = {
         "experiment": experiment.name,
         "claim": text.claim,

@@ -53,6 +53,7 @@ class Method(NamedTuple):
     debias: bool = True  # these; otherwise they begin at the identity
     layers: bool = False  # a damping for each layer
     early: bool = False  # measure at steps 1, 2, 4, ... too, as in the library's step
+    batch_statistics: bool = False  # the loss that is measured has BatchNorm's own
 
 
 class Numbers(NamedTuple):
@@ -74,6 +75,7 @@ class Network(NamedTuple):
     loss_fn: Any  # (params, batch, *loss_args) -> loss, in evaluation mode
     factors_fn: Any = None
     factor: float = 1.0  # of the loss
+    train_loss: Any = None  # in training mode
 
 
 def _sgd(rate, method, numbers, network):
@@ -217,7 +219,8 @@ def learner_of(method: Method, numbers: Numbers, network: Network, **options):
     """What measures the damping: the training batch's own eight microbatches."""
     options |= {"floor": numbers.damping, "rule": rule_of(method)}
     options |= {"labels": by_layer if method.layers else None}
-    return rmtdamp.DampingLearner(network.loss_fn, **options)
+    loss_fn = network.train_loss if method.batch_statistics else network.loss_fn
+    return rmtdamp.DampingLearner(loss_fn, **options)
 
 
 def factors_of(method: Method, network: Network):

@@ -98,7 +98,8 @@ def network_of(name, width, num_classes, shape, with_factors=False, factor=1.0):
     if with_factors:
         factors_fn = rmtdamp.flax.nnx_factors(model, cross_entropy, fisher="empirical")
     loss_fn = rmtdamp.flax.curvature_loss(model, loss)
-    return Network(nnx.split(model)[0], loss_fn, factors_fn, factor)
+    train_loss = rmtdamp.flax.curvature_loss(model, loss, batch_statistics=True)
+    return Network(nnx.split(model)[0], loss_fn, factors_fn, factor, train_loss)
 
 
 def initial(task: Task, num_classes, shape, seed):
