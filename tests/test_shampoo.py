@@ -92,20 +92,41 @@ def test_averages_over_several_gradients_in_dense_algebra():
     np.testing.assert_allclose(updates, left @ gradients[-1] @ right, rtol=1e-8)
 
 
-def test_eigenbases_are_cached_and_a_new_damping_acts_at_once():
+def test_eigenvectors_are_cached_and_eigenvalues_and_damping_are_of_now():
     a, b = normal(0, 4, 3), normal(1, 4, 3)
     tx = scale_by_shampoo(decay=0.5, eigen_every=2)
     update = jax.jit(tx.update)
     _, first = update(a, tx.init(a), damping=1.0)
     updates, second = update(b, first, damping=0.3)
-    bases = lambda state: [factor[1:] for factor in (state.left, state.right)]
-    chex.assert_trees_all_equal(bases(first), bases(second))
-    left, right = power(a @ a.T, -0.5, 0.3), power(a.T @ a, -0.5, 0.3)
-    np.testing.assert_allclose(updates, left @ b @ right, rtol=1e-5)
+    sides = []
+    for before, factor in zip(first[2:4], second[2:4], strict=True):
+        chex.assert_trees_all_equal(before.eigenvectors, factor.eigenvectors)
+        (v,), (average,) = factor.eigenvectors, factor.average
+        values = np.diag(v.T @ average @ v)
+        np.testing.assert_allclose(factor.eigenvalues[0], values, atol=1e-12)
+        debiased = values / 0.75
+        np.testing.assert_array_less(4 * 2.3e-16 * debiased.max(), debiased)
+        sides.append(np.asarray(v) @ np.diag((np.sqrt(debiased) + 0.3) ** -0.5) @ v.T)
+    left, right = sides
+    np.testing.assert_allclose(updates, left @ b @ right, rtol=1e-8)
     _, third = update(b, second, damping=0.3)
-    averaged = (0.125 * a @ a.T + 0.25 * b @ b.T + 0.5 * b @ b.T) / 0.875
+    averaged = 0.125 * a @ a.T + 0.25 * b @ b.T + 0.5 * b @ b.T
     expected = np.linalg.eigvalsh(averaged)
     np.testing.assert_allclose(third.left.eigenvalues[0], expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("damping_in_root", [False, True])
+def test_a_direction_that_is_new_is_no_longer_than_others(damping_in_root):
+    """Between decompositions its eigenvalue was 0 and its step endless."""
+    tx = scale_by_shampoo(
+        damping=1e-8, decay=0.9, eigen_every=100, damping_in_root=damping_in_root
+    )
+    state = tx.init(jnp.zeros((6, 4)))
+    for i in (0, 0, 0, 0, 0, 1, 2, 3):  # decomposed at 0, 1, 2 and 4
+        grads = jnp.zeros((6, 4)).at[i, i].set(1.0)
+        updates, state = tx.update(grads, state)
+        weight = 0.1 / (1 - 0.9 ** int(state.count)) if i else 1.0
+        np.testing.assert_allclose(updates[i, i], weight**-0.5, rtol=1e-3)
 
 
 def test_stacks_and_convolutions_are_their_matrices():

@@ -1,8 +1,8 @@
 r"""gradients -> averaged Kronecker factors -> their eigenbases -> damped Shampoo step.
 
 A matrix gradient G has the factors L, averaged G G^T, and R, averaged G^T G. Their
-eigenvalues and eigenvectors are cached and the damping is added to the roots of the
-eigenvalues when the step is made, so a new one acts at once. Every leaf is handled in
+eigenvectors are cached. Along them every gradient is averaged into the eigenvalues, and
+the damping is added to their roots when the step is made. Every leaf is handled in
 the form (stack, rows, columns); one that is no matrix keeps the average of g^2.
 """
 
@@ -28,7 +28,7 @@ class Factor(NamedTuple):
     """One side of a stack of matrices, k its length; or trees of these, as params."""
 
     average: Any  # (stack, k, k), decaying average of G G^T or G^T G, biased
-    eigenvalues: Any  # (stack, k), of the debiased average, at the last refresh
+    eigenvalues: Any  # (stack, k), v^T average v along the eigenvectors v, biased
     eigenvectors: Any  # (stack, k, k), in columns
 
 
@@ -93,30 +93,26 @@ def _is_factor(x) -> bool:
     return isinstance(x, Factor)
 
 
-def _eigh(factor, correction):
-    scaled = factor.average / correction.astype(factor.average.dtype)
-    return factor._replace(**jnp.linalg.eigh(scaled)._asdict())
+def _eigh(factor):
+    return factor._replace(**jnp.linalg.eigh(factor.average)._asdict())
 
 
-def _eigenbases(mesh, blocks, correction):
+def _eigenbases(mesh, blocks):
     factors, treedef = jax.tree.flatten(blocks, is_leaf=_is_factor)
     costs = [f.average.size * f.average.shape[-1] for f in factors]
-    each = [(f, correction) for f in factors]
-    return treedef.unflatten(spread(lambda of: _eigh(*of), each, costs, mesh))
+    return treedef.unflatten(spread(_eigh, factors, costs, mesh))
 
 
 # A function of the module, so that an eager update compiles the conditional once.
 @functools.partial(jax.jit, static_argnums=0)
-def _eigenbases_if(mesh, due, blocks, correction):
-    renewed = functools.partial(_eigenbases, mesh)
-    return jax.lax.cond(due, renewed, lambda b, _: b, blocks, correction)
+def _eigenbases_if(mesh, due, blocks):
+    return jax.lax.cond(due, functools.partial(_eigenbases, mesh), lambda b: b, blocks)
 
 
-def _weights(factor, delta, power, in_root):
+def _weights(values, delta, power, in_root):
     """(lambda^1/2 + delta)^(-2 power), shape (stack, k)."""
-    values = factor.eigenvalues
     # Eigenvalues are known up to rounding; none counts for less, nor below zero.
-    top = values[:, -1:]
+    top = jnp.max(values, axis=1, keepdims=True)
     rounding = values.shape[-1] * jnp.finfo(values.dtype).eps * top
     values = jnp.maximum(values, rounding)
     base = values + delta if in_root else jnp.sqrt(values) + delta
@@ -158,6 +154,10 @@ def scale_by_shampoo(
 
     Units: delta is added to a root of a factor's eigenvalue, a singular value of the
     gradient; inside the root to an eigenvalue, its square.
+
+    Between eigendecompositions the eigenvectors v stay, and each gradient is averaged
+    into the eigenvalues as |v^T G|^2, what v^T L v is: a direction that is new since
+    does not go by an eigenvalue of zero.
 
     A gradient that is not finite leaves the factors as they were and is counted
     (`optax.tree.get(state, "factor_rejections")`). An eigenvalue below rounding, k eps
@@ -246,37 +246,47 @@ def scale_by_shampoo(
                 return ShampooBlock(left, factor(both[1], stack, columns, dtype), None)
         return ShampooBlock(None, None, jnp.zeros(leaf.shape, dtype))
 
-    def averaged(block, g, finite):
-        def mean(old, new):
-            rate = jnp.asarray(decay).astype(old.dtype)
-            return jnp.where(finite, rate * old + (1 - rate) * new, old)
+    def mean(old, new, counts):
+        rate = jnp.asarray(decay).astype(old.dtype)
+        return jnp.where(counts, rate * old + (1 - rate) * new, old)
 
+    def averaged(block, g, finite):
         left, right, squares = block
         if squares is not None:
-            return block._replace(squares=mean(squares, g * g))
+            return block._replace(squares=mean(squares, g * g, finite))
         if left is not None:
-            left = left._replace(average=mean(left.average, g @ _transposed(g)))
+            new = mean(left.average, g @ _transposed(g), finite)
+            left = left._replace(average=new)
         if right is not None:
-            right = right._replace(average=mean(right.average, _transposed(g) @ g))
+            new = mean(right.average, _transposed(g) @ g, finite)
+            right = right._replace(average=new)
         return ShampooBlock(left, right, None)
 
-    def applied(block, g, delta, correction):
+    def applied(block, g, delta, correction, counts):
+        """The step, and the block whose eigenvalues know of g too if it `counts`."""
         power = lambda p: jnp.asarray(p).astype(g.dtype)
-        if block.squares is not None:
-            v = block.squares / correction
+        left, right, squares = block
+        if squares is not None:
+            v = squares / correction
             base = v + delta if damping_in_root else jnp.sqrt(v) + delta
             exponent = power(sum(pair)) * (1 if damping_in_root else 2)
-            return ratio(g, base**exponent)
+            return ratio(g, base**exponent), block
         p, q = powers(g.shape[1:]) or pair
-        if block.left is not None:
-            weights = _weights(block.left, delta, power(p), damping_in_root)
-            vectors = block.left.eigenvectors
-            g = vectors @ (weights[:, :, None] * (_transposed(vectors) @ g))
-        if block.right is not None:
-            weights = _weights(block.right, delta, power(q), damping_in_root)
-            vectors = block.right.eigenvectors
-            g = ((g @ vectors) * weights[:, None, :]) @ _transposed(vectors)
-        return g
+        # Bases are orthogonal, so one side's does not change what the other sees.
+        g = g if left is None else _transposed(left.eigenvectors) @ g
+        g = g if right is None else g @ right.eigenvectors
+        energy = g * g
+        if left is not None:
+            values = mean(left.eigenvalues, jnp.sum(energy, axis=2), counts)
+            left = left._replace(eigenvalues=values)
+            weights = _weights(values / correction, delta, power(p), damping_in_root)
+            g = left.eigenvectors @ (weights[:, :, None] * g)
+        if right is not None:
+            values = mean(right.eigenvalues, jnp.sum(energy, axis=1), counts)
+            right = right._replace(eigenvalues=values)
+            weights = _weights(values / correction, delta, power(q), damping_in_root)
+            g = (g * weights[:, None, :]) @ _transposed(right.eigenvectors)
+        return g, ShampooBlock(left, right, None)
 
     def init(params):
         dtype = accumulation_dtype(params)
@@ -320,19 +330,21 @@ def scale_by_shampoo(
             squares = [b.squares for b in blocks]
             factors = [b._replace(squares=None) for b in blocks]
             if isinstance(eigen_every, int) and eigen_every == 1:
-                factors = _eigenbases(mesh, factors, correction)
+                due, factors = True, _eigenbases(mesh, factors)
             else:
                 due = is_due(state.count, eigen_every)
-                factors = _eigenbases_if(mesh, due, factors, correction)
+                factors = _eigenbases_if(mesh, due, factors)
             blocks = [
                 b._replace(squares=s) for b, s in zip(factors, squares, strict=True)
             ]
-            new = [
-                back(applied(b, g, delta, correction)).astype(leaf.dtype)
-                for b, g, back, leaf in zip(
-                    blocks, gradients, ways_back, leaves, strict=True
-                )
-            ]
+            counts = finite & ~jnp.asarray(due)  # else it is in the average
+            each = zip(blocks, gradients, strict=True)
+            steps = [applied(b, g, delta, correction, counts) for b, g in each]
+        blocks = [b for _, b in steps]
+        new = [
+            back(u).astype(leaf.dtype)
+            for (u, _), back, leaf in zip(steps, ways_back, leaves, strict=True)
+        ]
         trees = _trees(blocks, treedef, dtype)
         state = ScaleByShampooState(count, rejections, *trees)
         return jax.tree.unflatten(treedef, new), state
