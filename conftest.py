@@ -40,6 +40,8 @@ def pytest_configure(config):
     """
     fast = config.getoption("markexpr") == "not slow"
     jax.config.update("jax_disable_most_optimizations", fast)
+    if not config.pluginmanager.hasplugin("cacheprovider"):
+        return
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

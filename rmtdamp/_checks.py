@@ -117,8 +117,12 @@ def check_scalar(loss_fn: LossFn, params: Params, batch: Batch, loss_args) -> No
     Raises:
         TypeError: the loss does not take (params, batch, *loss_args), or returns
             anything but a real floating scalar.
+        ValueError: a batch of arrays of which none has an example.
     """
     check_loss_args(loss_args)
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
+    if shapes and all(shape[:1] == (0,) for shape in shapes):
+        raise ValueError("batch holds no examples: its leading axes have length 0")
     out = _abstract(loss_fn, params, batch, loss_args)
     if not isinstance(out, jax.ShapeDtypeStruct):
         raise TypeError(

@@ -772,6 +772,21 @@ def test_a_floor_that_does_not_know_of_a_sum_of_past_steps_is_refused(rule):
         tx.init(PARAMS)
 
 
+def test_momentum_0_sums_nothing():
+    """And so it is no sum that a floor must know of."""
+    measurer = rmtdamp.RitzMeasurer(mlp_loss, num_steps=2)
+    rule = StabilityFloor.for_lanczos(momentum=0.0)
+    plain, none = (
+        auto_damping(
+            rmtdamp.lanczos_newton(0.1, measurer, momentum=momentum),
+            DampingLearner(mlp_loss, rule=rule),
+            learning_rate=0.1,
+        )
+        for momentum in (0.0, None)
+    )
+    chex.assert_trees_all_equal(plain.init(PARAMS), none.init(PARAMS))
+
+
 def test_a_learning_rate_with_axes_is_refused():
     with pytest.raises(ValueError, match=r"learning_rate has shape \(1,\), .* one num"):
         auto_adam(np.array([1e-3]), mlp_loss)

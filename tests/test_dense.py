@@ -143,6 +143,12 @@ def test_a_spectrum_of_known_eigenvalues():
     assert stderr == 0
 
 
+def test_a_function_in_place_of_a_matrix_is_refused():
+    for of in (eigh, dense_matvec):
+        with pytest.raises(TypeError, match=r"is a function: .*to_dense\(matvec, par"):
+            of(lambda v: v, jnp.zeros(2))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

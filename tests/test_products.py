@@ -172,6 +172,9 @@ def test_wrong_loss_and_params(product):
         product(lambda p, b: p * b, jnp.ones(2), jnp.ones(2), *rest)
     with pytest.raises(TypeError, match="params is int64"):
         product(lambda p, b: p.sum(), jnp.arange(2), jnp.ones(2), *rest)
+    empty = {"x": jnp.ones((0, 2)), "y": jnp.ones(0)}
+    with pytest.raises(ValueError, match="batch holds no examples"):
+        product(lambda p, b: (b["x"] @ p).sum(), jnp.ones(2), empty, *rest)
 
 
 @jax.custom_vjp

@@ -109,6 +109,7 @@ def dense_matvec(matrix: Any, like: Params) -> Matvec:
 
     Raises:
         ValueError: the matrix is not of that shape.
+        TypeError: it is a function.
 
     Example:
         >>> import jax.numpy as jnp
@@ -129,6 +130,10 @@ def _multiply(matrix, like, vector):
 
 
 def _checked(matrix: Any, like: Params) -> np.ndarray:
+    if callable(matrix):
+        raise TypeError(
+            "the matrix is a function: hand over its elements, to_dense(matvec, params)"
+        )
     matrix = np.asarray(matrix, np.float64)
     p = size(like)
     if matrix.shape != (p, p):
@@ -155,6 +160,7 @@ def eigh(matrix: Any, like: Params) -> EigenPairs:
 
     Raises:
         ValueError: the matrix is not of that shape.
+        TypeError: it is a function.
 
     Example:
         >>> import jax.numpy as jnp

@@ -113,11 +113,16 @@ def optimiser(
     """
     check_decays(momentum=momentum)
     check_range("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
-    decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
+    # A number that is injected may change later, a Python 0 stays one. A decay asks for
+    # params, which a transformation without it does without.
+    is_zero = lambda x: isinstance(x, int | float) and x == 0
+    momentum, decays = (
+        None if is_zero(momentum) else momentum,
+        not is_zero(weight_decay),
+    )
     return optax.chain(
         scaled,
         optax.identity() if momentum is None else optax.trace(momentum, nesterov),
-        # It asks for params, which a transformation without decay does without.
         optax.add_decayed_weights(weight_decay, mask) if decays else optax.identity(),
         by_learning_rate(learning_rate),
     )
