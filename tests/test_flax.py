@@ -11,7 +11,9 @@ from flax import nnx
 import rmtdamp
 import rmtdamp.flax
 from rmtdamp import DampingLearner
+from rmtdamp.damping import Shrinkage, Sum, needs
 from rmtdamp.hessian import moments
+from rmtdamp.transforms import Context
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -302,17 +304,10 @@ def test_a_module_in_place_of_its_params_is_refused():
         rmtdamp.check_loss(loss, nnx.state(nnx.Dropout(0.5, rngs=rngs)), jnp.ones(8))
 
 
-def test_curvature_of_the_loss_in_training_mode():
-    """BatchNorm by the batch, Dropout off: a floor's eigenvalue is of this loss."""
-    model = Model(nnx.Rngs(0))
-    of_batch = rmtdamp.flax.curvature_loss(model, nnx_loss, batch_statistics=True)
-    averages = rmtdamp.flax.curvature_loss(model, nnx_loss)
-    params, state = (
-        (nnx.as_pure(nnx.state(model, nnx.Param)),),
-        rmtdamp.flax.loss_args(model),
-    )
+def largest_by_hand(params, batch):
+    """Of the loss with BatchNorm by the batch and Dropout off, dense."""
 
-    def by_hand(params, batch):
+    def loss(params, batch):
         p = jax.tree.map(jnp.atleast_2d, params)
         z = batch[0] @ p["dense"]["kernel"] + p["dense"]["bias"]
         mean, var = (f(z, axis=0, keepdims=True) for f in (jnp.mean, jnp.var))
@@ -320,24 +315,77 @@ def test_curvature_of_the_loss_in_training_mode():
         logits = jax.nn.relu(z) @ p["out"]["kernel"] + p["out"]["bias"]
         return cross_entropy(logits, batch[1])
 
-    expected = by_hand(*params, BATCH)
-    np.testing.assert_allclose(of_batch(*params, BATCH, *state), expected, rtol=1e-5)
-    assert abs(averages(*params, BATCH, *state) - expected) > 0.01
-    rule = rmtdamp.StabilityFloor()
-    learner = rmtdamp.DampingLearner(of_batch, rule=rule)
-    sgd = rmtdamp.auto_damping(
-        rmtdamp.adam_shrinkage(0.1), learner, learning_rate=0.1, refresh_every=None
+    matvec = rmtdamp.hessian.hessian_matvec(loss, params, batch)
+    dense = rmtdamp.hessian.to_dense(matvec, params)
+    return loss(params, batch), np.abs(np.linalg.eigvalsh(dense)).max()
+
+
+FLOOR = rmtdamp.StabilityFloor()
+
+
+@pytest.mark.parametrize(
+    ("rule", "batch_statistics"),
+    [(FLOOR, None), (FLOOR, True), (Sum(rmtdamp.identity_target, FLOOR), None)],
+)
+def test_what_bounds_a_step_is_of_the_loss_in_training_mode(rule, batch_statistics):
+    """BatchNorm by the batch, Dropout off; a noise stays that of evaluation mode."""
+    model = Model(nnx.Rngs(0))
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    state = rmtdamp.flax.loss_args(model)
+    loss_fn = rmtdamp.flax.curvature_loss(
+        model, nnx_loss, batch_statistics=batch_statistics
     )
-    optimizer = nnx.Optimizer(model, sgd, wrt=nnx.Param)
-    for _ in range(30):  # no warning: an eigenvalue needs no mean over examples
+    in_training = getattr(loss_fn, "in_training", loss_fn)
+    expected, largest = largest_by_hand(params, BATCH)
+    found = in_training(params, BATCH, *state)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    averages = rmtdamp.flax.curvature_loss(model, nnx_loss, batch_statistics=False)
+    other = averages(params, BATCH, *state)
+    assert abs(other - expected) > 0.01
+    if batch_statistics is None:
+        assert loss_fn(params, BATCH, *state) == other
+    learner = DampingLearner(loss_fn, rule=rule)
+    adam = rmtdamp.adam_shrinkage(0.1)
+    tx = rmtdamp.auto_damping(adam, learner, learning_rate=0.1, refresh_every=None)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    for _ in range(30):
         rmtdamp.flax.refresh(optimizer, learner, model, BATCH)
+    np.testing.assert_allclose(value(optimizer, "max_eigenvalue"), largest, rtol=1e-2)
     rmtdamp.check_state(optimizer.opt_state)
-    dense = rmtdamp.hessian.to_dense(
-        rmtdamp.hessian.hessian_matvec(by_hand, *params, BATCH), *params
+
+
+def test_the_reduction_ratio_is_of_the_loss_in_training_mode():
+    model = Model(nnx.Rngs(0))
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    grads = nnx.grad(nnx_loss)(model, BATCH)
+    context = Context(
+        step=1,
+        params=jax.tree.map(lambda x, g: x - 0.01 * g, params, nnx.as_pure(grads)),
+        batch=BATCH,
+        batch_size=32,
+        loss_args=rmtdamp.flax.loss_args(model),
+        previous_params=params,
     )
-    largest = np.abs(np.linalg.eigvalsh(dense)).max()
-    found = value(optimizer, "max_eigenvalue")
-    np.testing.assert_allclose(found, largest, rtol=1e-2)
+
+    @needs("reduction_ratio")
+    def rule(evidence):
+        return Shrinkage(jnp.exp(evidence.reduction_ratio))
+
+    found = []
+    for choice in (None, True, False):
+        loss_fn = rmtdamp.flax.curvature_loss(model, nnx_loss, batch_statistics=choice)
+        learner = DampingLearner(loss_fn, rule=rule)
+        found.append(float(learner.refresh(learner.init(params), context).damping))
+    assert found[0] == found[1] != found[2]
+
+
+def test_batch_norm_that_is_frozen_stays_so():
+    """A model that is tuned with its running averages has its gradients at them."""
+    model = Model(nnx.Rngs(0))
+    model.norm.use_running_average = True
+    assert not hasattr(rmtdamp.flax.curvature_loss(model, nnx_loss), "in_training")
+    plain = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    assert not hasattr(rmtdamp.flax.curvature_loss(plain, nnx_loss), "in_training")
 
 
 def test_swapped_arguments_are_named():

@@ -602,3 +602,16 @@ def test_a_run_that_diverges_says_so(good, bad):
     assert get(state, "subspace_rejections") == bad
     said = [x for x in caught if "most measurements of the Ritz" in str(x.message)]
     assert len(said) == (bad > good)
+
+
+def test_products_are_of_the_loss_in_training_mode():
+    """Where the loss knows it; what is cleaned of noise stays a mean over examples."""
+    loss, other = (lambda p, b, c=c: c * jnp.sum(p**2) / 2 for c in (1.0, 3.0))
+    vars(loss)["in_training"] = other
+    params, batch = jnp.arange(1.0, 9.0), jnp.ones((8, 1))
+    for cleaning, value in ((None, 3.0), ("rotationally_invariant", 1.0)):
+        measurer = RitzMeasurer(loss, num_steps=1, cleaning=cleaning)
+        tx = lanczos_newton(0.1, measurer, damping=0.1)
+        state = refresh(tx.init(params), measurer, params, batch)
+        found = optax.tree.get(state, "ritz_values")
+        np.testing.assert_allclose(found, value, rtol=1e-5)

@@ -97,8 +97,10 @@ def network_of(name, width, num_classes, shape, with_factors=False, factor=1.0):
     factors_fn = None
     if with_factors:
         factors_fn = rmtdamp.flax.nnx_factors(model, cross_entropy, fisher="empirical")
-    loss_fn = rmtdamp.flax.curvature_loss(model, loss)
-    train_loss = rmtdamp.flax.curvature_loss(model, loss, batch_statistics=True)
+    loss_fn, train_loss = (
+        rmtdamp.flax.curvature_loss(model, loss, batch_statistics=choice)
+        for choice in (False, True)
+    )
     return Network(nnx.split(model)[0], loss_fn, factors_fn, factor, train_loss)
 
 

@@ -1,10 +1,10 @@
 """For Flax users: nnx models with state, linen's TrainState. Needs Flax.
 
 Curvature is measured in evaluation mode, at the statistics of the moment: BatchNorm on
-its running averages and Dropout off make the loss a mean over independent examples. For
-rules that bound a step it is the other way about, see `curvature_loss`.
-What changes during training (running averages, keys) goes through `loss_args`, traced
-and fresh at each step; a closure would freeze it silently at its first value.
+its running averages and Dropout off make the loss a mean over independent examples.
+What bounds a step is measured at the batch's own statistics, see `curvature_loss`. What
+changes during training (running averages, keys) goes through `loss_args`, traced and
+fresh at each step; a closure would freeze it silently at its first value.
 """
 
 import functools
@@ -70,16 +70,17 @@ def curvature_loss(
     model_loss: Callable[[Any, Batch], jax.Array],
     *,
     wrt: Any = nnx.Param,
-    batch_statistics: bool = False,
+    batch_statistics: bool | None = None,
 ) -> LossFn:
     """The loss of an nnx model, in the form that measures curvature.
 
     A noise needs a mean over independent examples, and so BatchNorm on its running
     averages. How far a step may go is a question to the loss whose gradient is taken,
-    and there BatchNorm normalises by the batch: take `batch_statistics` for
-    `StabilityFloor`, `auto_adam` and `LargestFraction`. On a VGG-16 of width 1/8
-    lambda_max was 5 to 270 times larger with running averages, and KFAC's floor as much
-    too high.
+    and there BatchNorm normalises by the batch: the eigenvalue of `StabilityFloor`,
+    `auto_adam` and `LargestFraction` and the ratio of `LevenbergMarquardt` are of that
+    loss, which a `DampingLearner` finds in the attribute `in_training`. On a VGG-16 of
+    width 1/8 lambda_max was 5 to 270 times larger with running averages, and KFAC's
+    floor as much too high.
 
     Args:
         model: an nnx module; only its structure is used, and it is left as it is.
@@ -88,15 +89,18 @@ def curvature_loss(
         wrt: which variables are trained, a filter as in `nnx.Optimizer(model, tx,
             wrt=wrt)`: `nnx.LoRAParam` alone, say.
         batch_statistics: whether BatchNorm normalises by the batch at hand, as in
-            training (Dropout stays off), or by its running averages. Not for rules that
-            take moments: a part of a batch has another loss then, which `check_loss`
+            training (Dropout stays off), or by its running averages, for whatever is
+            measured; None, each where it belongs. True is not for rules that take
+            moments: a part of a batch has another loss then, which `check_loss`
             refuses.
 
     Returns:
         `loss_fn(params, batch, state)`, the loss of an evaluation-mode copy of the
         model with the given params, those of `wrt`, and other state; without `state`
         for a model that has no other. Make it once. It raises a ValueError for params
-        and state that together are not the model.
+        and state that together are not the model. Under None it has the attribute
+        `in_training` where a BatchNorm of the model, as it is now, normalises by the
+        batch: the same loss with all of them as they are now.
 
     Raises:
         TypeError: `model` is no nnx module.
@@ -130,6 +134,17 @@ def curvature_loss(
     copy = evaluated(model, "curvature_loss")
     if batch_statistics:
         copy.set_attributes(use_running_average=False, raise_if_not_found=False)
+    loss_fn = _loss_of(copy, model_loss, wrt)
+    if batch_statistics is None:
+        as_it_is = nnx.merge(*nnx.split(model), copy=True)
+        as_it_is.set_attributes(deterministic=True, raise_if_not_found=False)
+        if nnx.graphdef(as_it_is) != nnx.graphdef(copy):
+            vars(loss_fn)["in_training"] = _loss_of(as_it_is, model_loss, wrt)
+    return loss_fn
+
+
+def _loss_of(copy, model_loss, wrt) -> LossFn:
+    """The loss as a function of params, batch and state, in the modes of the copy."""
     graphdef, trained, rest = nnx.split(copy, wrt, ...)
     count = lambda *trees: len(jax.tree.leaves(trees))
     total = count(trained, rest)

@@ -29,7 +29,7 @@ from rmtdamp.damping import (
 )
 from rmtdamp.hessian import HessianMoments, hvp, moments
 
-from ._measurer import Context, with_numbers
+from ._measurer import Context, training_loss, with_numbers
 
 
 @with_numbers("floor", "decay", "min_shrinkage", "seed")
@@ -51,7 +51,10 @@ class DampingLearner:
     Args:
         loss_fn: `loss_fn(params, batch, *loss_args) -> scalar`, the mean loss in
             evaluation mode (no dropout, running averages) and without a loss scale; see
-            `check_loss`. Under a `StabilityFloor` BatchNorm in training mode.
+            `check_loss`. With BatchNorm moments are of this loss, and eigenvalues and a
+            reduction ratio, which bound a step, of the loss whose gradient is taken:
+            its attribute `in_training`, as `rmtdamp.flax.curvature_loss` sets it. Under
+            a rule without moments your own `loss_fn` may be that loss itself.
         floor: delta*, the damping before the first measurement, added to what the rule
             decides, in the unit of the damping. The default, 1e-4, is small for KFAC
             and a large eps for Adam, which takes 1e-8. At 0 the damping may be 0, and a
@@ -283,7 +286,7 @@ def _start(drawn, params, parts):
 def _power_step(learner, context, vector):
     """One product of a power iteration: ||H v||, the next v, its cosine with v."""
     found = hvp(
-        learner.loss_fn,
+        training_loss(learner.loss_fn),
         context.params,
         context.batch,
         vector,
@@ -325,12 +328,13 @@ def _reduction(learner, context) -> jax.Array:
     """
     start, batch, args = context.previous_params, context.batch, context.loss_args
     step = jax.tree.map(jnp.subtract, context.params, start)
-    loss = lambda x: learner.loss_fn(x, batch, *args)
+    loss_fn = training_loss(learner.loss_fn)
+    loss = lambda x: loss_fn(x, batch, *args)
     with matmul_precision(learner.precision):
         before, slope = jax.value_and_grad(loss)(start)
         after = loss(context.params)
     bend = hvp(
-        learner.loss_fn,
+        loss_fn,
         start,
         batch,
         step,

@@ -23,7 +23,7 @@ from rmtdamp._checks import check_loss_args
 from rmtdamp._jax import is_traced
 from rmtdamp._sharding import in_unchecked_shards, varies
 from rmtdamp._tree import check_params, num_examples
-from rmtdamp._types import Batch, Params
+from rmtdamp._types import Batch, LossFn, Params
 
 T = TypeVar("T")
 
@@ -78,6 +78,17 @@ class Context(NamedTuple):
     loss_args: tuple[Any, ...] = ()  # further arguments of the loss
     grads: Params | None = None  # the updates that come in; None by hand without them
     previous_params: Params | None = None  # before the last step, where they are kept
+
+
+def training_loss(loss_fn: LossFn) -> LossFn:
+    """The loss whose gradient the optimiser takes, as far as the measured one knows it.
+
+    With BatchNorm that is another one; see `rmtdamp.flax.curvature_loss`.
+
+    Returns:
+        The attribute `in_training`, or without it the loss itself.
+    """
+    return getattr(loss_fn, "in_training", loss_fn)
 
 
 class Measurer(Protocol):

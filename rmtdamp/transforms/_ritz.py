@@ -17,7 +17,7 @@ from rmtdamp._types import Key, LossFn, Matvec, Params
 from rmtdamp.hessian import hessian_matvec, lanczos, moments
 from rmtdamp.rmt import rotationally_invariant_shrinkage
 
-from ._measurer import Context, with_numbers
+from ._measurer import Context, training_loss, with_numbers
 
 Start = Literal["random", "gradient"] | Callable[[Key, Params], Params]
 Cleaning = Literal["rotationally_invariant"]
@@ -88,7 +88,8 @@ class RitzMeasurer:
 
     Args:
         loss_fn: `loss_fn(params, batch, *loss_args) -> scalar`, the mean loss; static,
-            so define it once.
+            so define it once. With BatchNorm the loss whose gradient is taken, or one
+            that knows it (`rmtdamp.flax.curvature_loss`).
         num_steps: m, Lanczos steps, at least 1; more than P are cut to P.
         start: of Lanczos' iteration: "random" (Gaussian), "gradient" (the updates that
             come in), or a function (key, updates) -> a pytree like params. What is zero
@@ -190,8 +191,10 @@ class RitzMeasurer:
         )
         where = placement(context.params)
         start = start_of(self, key, context.params, context.grads, where)
+        # The noise is that of a mean over examples, and cleans a Hessian of the same.
+        in_step = training_loss if self.cleaning is None else lambda loss_fn: loss_fn
         matvec = self.matvec_fn(
-            self.loss_fn,
+            in_step(self.loss_fn),
             context.params,
             context.batch,
             loss_args=context.loss_args,

@@ -151,7 +151,13 @@ def _text_runs():
 
 def _deep_runs():
     """With convolutions: measured by hand."""
-    return _adam_and_its_rule(DEEP, range(5), WIDER)
+    return _adam_and_its_rule(DEEP, range(5), WIDER) + [
+        run(sizes, measured | {"batch_statistics": True}, floor, rate, seed)
+        for measured, floor in _methods("adam")
+        if _name(measured, floor) == "aware floor"
+        for rate, seed in itertools.product(WIDER, range(5))
+        for sizes in [DEEP["CIFAR-100, VGG-16-BN"]]
+    ]
 
 
 def _deep_kfac_runs():
@@ -334,20 +340,39 @@ def _kfac_checks(found):
     ]
 
 
+def _apart(found, rule):
+    """Each network's results and its rule, with BatchNorm of the loss in training mode.
+
+    Yields:
+        Pairs.
+    """
+    (plain, normed), batch = _tasks(found), f"{rule}, batch statistics"
+    for task, ours in ((plain, rule), (normed, batch)):
+        yield {key: rows for key, rows in found.items() if key[0] == task}, ours
+
+
 def _deep_kfac_checks(found):
-    """The floor of a network with BatchNorm is that of the loss in training mode."""
-    plain, normed = _tasks(found)
-    for task, ours in ((plain, KFAC), (normed, BATCH)):
-        of = {key: rows for key, rows in found.items() if key[0] == task}
+    for of, ours in _apart(found, KFAC):
         yield _trains(of, ours, 0.7)  # 0.8 is chance
         yield _below_all(of, ours, FLAT_KFAC[1:])
         yield from _at_best(of, ours, FLAT_KFAC[1:], 0.02, "the best flat")
+    yield _of_batches(found, KFAC)
+
+
+def _deep_checks(found):
+    for of, ours in _apart(found, "aware floor"):
+        yield from _text_checks(of, ours)
+    yield _of_batches(found, "aware floor")
+
+
+def _of_batches(found, rule):
+    _, normed = _tasks(found)
     rows = (
         [x for of in _at_rates(found[normed, name]).values() for x in loss(of)]
-        for name in (BATCH, KFAC)
+        for name in (f"{rule}, batch statistics", rule)
     )
-    text = f"{normed}: {BATCH}, loss at all rates not above that with running averages"
-    yield not_more(text, *rows)
+    text = f"{normed}: {rule} with batch statistics, loss at all rates not above "
+    return not_more(text + "that with running averages", *rows)
 
 
 def _lanczos_checks(found):
@@ -399,8 +424,7 @@ def _in_its_time(found, ours):
         yield within(text, 0.01, ends(rows, "early_loss"), loss(adam))
 
 
-def _text_checks(found):
-    ours = "aware floor"
+def _text_checks(found, ours="aware floor"):
     best = _at_best(found, ours, [ADAM], 0.01, "Adam at its own")
     costs = [*_in_its_time(found, ours), *_never_costs(found, ours, 1e-3)]
     return [_below_all(found, ours, [ADAM]), *best, *costs]
@@ -428,7 +452,7 @@ EXPERIMENTS = [
         ("rules_adam", functools.partial(_runs, "adam"), _adam_checks),
         ("rules_adam_held_out", _adam_held_out_runs, _adam_checks),
         ("rules_text", _text_runs, _text_checks),
-        ("rules_deep", _deep_runs, _text_checks),
+        ("rules_deep", _deep_runs, _deep_checks),
         (
             "rules_deep_kfac",
             _deep_kfac_runs,
