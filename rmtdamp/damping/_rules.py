@@ -252,7 +252,7 @@ class StabilityFloor:
     It does not see ahead. A deep network without normalisation, whose lambda_max grows
     tenfold and more in its first tens of steps, may be lost in them; a larger c helps.
     Of a network with BatchNorm lambda_max must be that of the loss in training mode
-    (`rmtdamp.flax.curvature_loss(..., batch_statistics=True)`).
+    (`rmtdamp.flax.curvature_loss` knows it).
 
     Momentum that sums keeps steps that were divided with the damping of their own time,
     and multiplies them with the learning rate of now. While the rate rises they would
