@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.costs.regressions import worse
+from benchmarks.costs.regressions import unmatched, worse
 
 TIMED = {"ratio": 2.0, "low": 1.9, "high": 2.1, "pairs": 25, "baseline_seconds": 1.0}
 
@@ -36,3 +36,12 @@ def test_counts_memory_and_words_are_compared_as_they_are():
         {"figure": "a: all-reduce", "before": "2: 1.00 P", "now": "1: 1.00 P"}
     ]
     assert worse(before, {"b": now["a"]}) == []
+
+
+def test_rows_that_only_one_run_has_are_told():
+    before = {"steps": {"mlp": TIMED, "cnn": TIMED}, "density": {"mlp": TIMED}}
+    now = {"steps": {"mlp": TIMED, "transformer": TIMED}, "peer": {}}
+    assert unmatched(before, now) == [
+        "steps: cnn: not measured now",
+        "steps: transformer: not kept",
+    ]

@@ -12,9 +12,9 @@ big (a transformer of 100 million parameters). Each has a process of its own.
 Rows go to benchmarks/results/costs.json as they are measured, under the device's name,
 and one that is there is not measured again unless --fresh; costs.md has them as tables.
 --quick is a rehearsal that writes nothing. --compare measures everything again, writes
-nothing, lists what has become worse than in costs.json, and fails if anything has. Set
-OPENBLAS_NUM_THREADS=1 for kfac: threads that wait for a busy core make an
-eigendecomposition a hundred times slower.
+nothing, lists what has become worse than in costs.json and what only one of the two
+has, and fails if anything is worse. Set OPENBLAS_NUM_THREADS=1 for kfac: threads that
+wait for a busy core make an eigendecomposition a hundred times slower.
 """
 
 import argparse
@@ -59,7 +59,7 @@ from rmtdamp.losses import chunked_softmax_cross_entropy
 
 from . import timing
 from .peer import peer
-from .regressions import worse
+from .regressions import unmatched, worse
 from .scaling import LAYOUTS, PROGRAMS, scaling_row
 from .timing import compare, compiled, interleaved, on_cpu, problem, rotate
 
@@ -639,9 +639,12 @@ def main():
         (RESULTS / "costs.md").write_text(text)
     print(f"\n{text}")
     if args.compare:
-        changes = worse(kept.get(device, {}), found[device])
+        before = kept.get(device, {})
+        changes = worse(before, found[device])
         table = markdown(changes) if changes else "nothing"
         print(f"**Worse than in {path.name}**\n\n{table}")
+        for row in unmatched(before, found[device]):
+            print(f"Not compared: {row}")
         sys.exit(bool(changes))
 
 

@@ -25,6 +25,26 @@ def worse(before: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:
     return list(_changes(before, now, ()))
 
 
+def unmatched(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Rows that only one of the two runs has, so that nothing is said of them.
+
+    Args:
+        before: sections and their rows.
+        now: the same of another run, its sections those that were asked for.
+
+    Returns:
+        "section: row: why" of each.
+    """
+    found = []
+    for section, rows in now.items():
+        old = before.get(section, {})
+        found += [
+            f"{section}: {row}: not measured now" for row in old if row not in rows
+        ]
+        found += [f"{section}: {row}: not kept" for row in rows if row not in old]
+    return found
+
+
 def _changes(before, now, path):
     if "ratio" in before and "ratio" in now:
         apart = now["low"] > before["high"]
