@@ -38,6 +38,12 @@ def test_counts_memory_and_words_are_compared_as_they_are():
     assert worse(before, {"b": now["a"]}) == []
 
 
+def test_an_error_of_rounding_may_double():
+    errors = lambda x: {"precision": {"bfloat16": {"variance": x}}}
+    assert worse(errors(1e-4), errors(1.9e-4)) == []
+    assert len(worse(errors(1e-4), errors(2.1e-4))) == 1
+
+
 def test_rows_that_only_one_run_has_are_told():
     before = {"steps": {"mlp": TIMED, "cnn": TIMED}, "density": {"mlp": TIMED}}
     now = {"steps": {"mlp": TIMED, "transformer": TIMED}, "peer": {}}
