@@ -117,16 +117,44 @@ def test_eigenvectors_are_cached_and_eigenvalues_and_damping_are_of_now():
 
 @pytest.mark.parametrize("damping_in_root", [False, True])
 def test_a_direction_that_is_new_is_no_longer_than_others(damping_in_root):
-    """Between decompositions its eigenvalue was 0 and its step endless."""
+    """Between decompositions its eigenvalue was 0 and its step endless.
+
+    Directions that are new since share their energy.
+    """
     tx = scale_by_shampoo(
         damping=1e-8, decay=0.9, eigen_every=100, damping_in_root=damping_in_root
     )
-    state = tx.init(jnp.zeros((6, 4)))
+    state, shared = tx.init(jnp.zeros((6, 4))), 0.0
     for i in (0, 0, 0, 0, 0, 1, 2, 3):  # decomposed at 0, 1, 2 and 4
         grads = jnp.zeros((6, 4)).at[i, i].set(1.0)
         updates, state = tx.update(grads, state)
-        weight = 0.1 / (1 - 0.9 ** int(state.count)) if i else 1.0
+        shared = 0.9 * shared + 0.1 * (i > 0)
+        weight = shared / (1 - 0.9 ** int(state.count)) if i else 1.0
         np.testing.assert_allclose(updates[i, i], weight**-0.5, rtol=1e-3)
+
+
+def test_which_eigenvectors_span_what_was_unseen_does_not_matter():
+    """They are a matter of rounding: turned among themselves, the same steps."""
+    rng = np.random.default_rng(0)
+    tx = scale_by_shampoo(damping=1e-8, eigen_every=100)
+    state = tx.init(jnp.zeros((6, 5)))
+    low = rng.standard_normal((6, 2)) @ rng.standard_normal((2, 5))
+    _, state = tx.update(jnp.asarray(low), state)
+
+    def turned(factor):
+        assert factor.unseen.sum() == factor.unseen.size - 2
+        n = int(factor.unseen.sum())
+        turn = np.eye(factor.unseen.size)
+        turn[:n, :n] = np.linalg.qr(rng.standard_normal((n, n)))[0]
+        return factor._replace(eigenvectors=factor.eigenvectors @ turn)
+
+    other = state._replace(left=turned(state.left), right=turned(state.right))
+    count = jnp.int32(4)  # no decomposition for a while
+    state, other = (s._replace(count=count) for s in (state, other))
+    for grads in rng.standard_normal((3, 6, 5)):
+        updates, state = tx.update(jnp.asarray(grads), state)
+        expected, other = tx.update(jnp.asarray(grads), other)
+        np.testing.assert_allclose(updates, expected, rtol=1e-9)
 
 
 def test_stacks_and_convolutions_are_their_matrices():

@@ -30,6 +30,7 @@ class Factor(NamedTuple):
     average: Any  # (stack, k, k), decaying average of G G^T or G^T G, biased
     eigenvalues: Any  # (stack, k), v^T average v along the eigenvectors v, biased
     eigenvectors: Any  # (stack, k, k), in columns
+    unseen: Any  # (stack, k), 1 for eigenvectors that had no eigenvalue, else 0
 
 
 class ShampooBlock(NamedTuple):
@@ -81,8 +82,8 @@ def _trees(blocks: list[ShampooBlock], treedef, dtype) -> tuple[Factor, Factor, 
     nothing = lambda: jnp.zeros((), dtype)
 
     def side(factors):
-        full = [f or Factor(nothing(), nothing(), nothing()) for f in factors]
-        return Factor(*(tree([f[i] for f in full]) for i in range(3)))
+        full = [f or [nothing() for _ in Factor._fields] for f in factors]
+        return Factor(*(tree([f[i] for f in full]) for i in range(len(Factor._fields))))
 
     squares = [nothing() if b.squares is None else b.squares for b in blocks]
     left, right = (side([b[i] for b in blocks]) for i in range(2))
@@ -93,8 +94,29 @@ def _is_factor(x) -> bool:
     return isinstance(x, Factor)
 
 
+def _rounding(values):
+    """What eigenvalues (stack, k) are known up to, shape (stack, 1)."""
+    top = jnp.max(values, axis=1, keepdims=True)
+    return values.shape[-1] * jnp.finfo(values.dtype).eps * top
+
+
 def _eigh(factor):
-    return factor._replace(**jnp.linalg.eigh(factor.average)._asdict())
+    values, vectors = jnp.linalg.eigh(factor.average)
+    unseen = values <= _rounding(values)
+    values = jnp.where(unseen, 0, values)
+    return factor._replace(
+        eigenvalues=values,
+        eigenvectors=vectors,
+        unseen=unseen.astype(values.dtype),
+    )
+
+
+def _energies(factor, energies):
+    """|v^T G|^2 (stack, k) of the eigenvectors v; the unseen ones share theirs."""
+    # Which vectors span what was unseen is a matter of rounding. No direction among
+    # them has more than all of them have.
+    shared = jnp.sum(factor.unseen * energies, axis=1, keepdims=True)
+    return jnp.where(factor.unseen > 0, shared, energies)
 
 
 def _eigenbases(mesh, blocks):
@@ -111,10 +133,8 @@ def _eigenbases_if(mesh, due, blocks):
 
 def _weights(values, delta, power, in_root):
     """(lambda^1/2 + delta)^(-2 power), shape (stack, k)."""
-    # Eigenvalues are known up to rounding; none counts for less, nor below zero.
-    top = jnp.max(values, axis=1, keepdims=True)
-    rounding = values.shape[-1] * jnp.finfo(values.dtype).eps * top
-    values = jnp.maximum(values, rounding)
+    # None counts for less than rounding, nor below zero.
+    values = jnp.maximum(values, _rounding(values))
     base = values + delta if in_root else jnp.sqrt(values) + delta
     exponent = -power if in_root else -2 * power
     return jnp.where(base > 0, jnp.where(base > 0, base, 1) ** exponent, 0)
@@ -157,7 +177,9 @@ def scale_by_shampoo(
 
     Between eigendecompositions the eigenvectors v stay, and each gradient is averaged
     into the eigenvalues as |v^T G|^2, what v^T L v is: a direction that is new since
-    does not go by an eigenvalue of zero.
+    does not go by an eigenvalue of zero. Eigenvectors without an eigenvalue, below
+    rounding, are arbitrary; each has the energy of all of them, so that a step there is
+    no longer than L's own and does not depend on which they are.
 
     A gradient that is not finite leaves the factors as they were and is counted
     (`optax.tree.get(state, "factor_rejections")`). An eigenvalue below rounding, k eps
@@ -235,7 +257,9 @@ def scale_by_shampoo(
             return None
         eye = jnp.broadcast_to(jnp.eye(k, dtype=dtype), (stack, k, k))
         zeros = jnp.zeros((stack, k), dtype)
-        return Factor(jnp.zeros((stack, k, k), dtype), zeros, eye)
+        return Factor(
+            jnp.zeros((stack, k, k), dtype), zeros, eye, jnp.ones((stack, k), dtype)
+        )
 
     def block(leaf, numbers, dtype):
         if numbers is not None:
@@ -277,12 +301,14 @@ def scale_by_shampoo(
         g = g if right is None else g @ right.eigenvectors
         energy = g * g
         if left is not None:
-            values = mean(left.eigenvalues, jnp.sum(energy, axis=2), counts)
+            seen = _energies(left, jnp.sum(energy, axis=2))
+            values = mean(left.eigenvalues, seen, counts)
             left = left._replace(eigenvalues=values)
             weights = _weights(values / correction, delta, power(p), damping_in_root)
             g = left.eigenvectors @ (weights[:, :, None] * g)
         if right is not None:
-            values = mean(right.eigenvalues, jnp.sum(energy, axis=1), counts)
+            seen = _energies(right, jnp.sum(energy, axis=1))
+            values = mean(right.eigenvalues, seen, counts)
             right = right._replace(eigenvalues=values)
             weights = _weights(values / correction, delta, power(q), damping_in_root)
             g = (g * weights[:, None, :]) @ _transposed(right.eigenvectors)
