@@ -197,6 +197,52 @@ def test_ekfac_is_the_dense_solve_with_the_measured_diagonal():
     check_solves(updates, curvature)
 
 
+def test_which_eigenvectors_have_no_eigenvalue_does_not_matter_to_ekfac():
+    """They are a matter of rounding: turned among themselves, the same steps."""
+    params = {"w": normal(0, 6, 5)}
+    fn = ModelFactors(
+        model_fn=lambda p, x, tape: tape.linear("layer", x, x @ p["w"]),
+        criterion=lambda z, y: jnp.mean(jnp.sum((z - y) ** 2, axis=1)),
+        blocks=make_blocks(params, {"layer": {"kernel": "w"}}),
+        fisher="empirical",
+    )
+    measurer = KroneckerMeasurer(fn, ekfac=True, eigen_every=100)
+    tx = scale_by_kfac(measurer, damping=1e-3, refresh_every=None)
+    batches = normal(1, 4, 2, 6), normal(2, 4, 2, 5)  # of two examples
+    at = lambda i: tuple(x[i] for x in batches)
+    state = rmtdamp.refresh(tx.init(params), measurer, params, at(0))
+    (basis,) = state.measured.bases
+
+    def turned(vectors, values):
+        unseen = int(jnp.sum(values < 1e-12 * values.max()))
+        assert unseen == values.size - 2
+        q = jnp.linalg.qr(normal(3, unseen, unseen))[0]
+        return vectors.at[:, :, :unseen].set(vectors[:, :, :unseen] @ q)
+
+    other = state._replace(
+        measured=state.measured._replace(
+            bases=(
+                basis._replace(
+                    inputs=turned(basis.inputs, basis.input_values),
+                    outputs=turned(basis.outputs, basis.output_values),
+                ),
+            ),
+            # No decomposition for a while.
+            kfac_measurements=jnp.int32(10),
+        )
+    )
+    state = state._replace(
+        measured=state.measured._replace(kfac_measurements=jnp.int32(10))
+    )
+    for i in (1, 2, 3):
+        state, other = (
+            rmtdamp.refresh(s, measurer, params, at(i)) for s in (state, other)
+        )
+        updates = [tx.update(params, s, params)[0]["w"] for s in (state, other)]
+        assert int(state.measured.eigen_refreshes) == 1
+        np.testing.assert_allclose(*updates, rtol=1e-9)
+
+
 def test_averages_are_debiased_and_the_clocks_keep_time():
     state, other = FIRST, (BATCH[0] + 1, BATCH[1])
     # The same but for what the compiler fuses.

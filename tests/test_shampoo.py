@@ -149,7 +149,7 @@ def test_which_eigenvectors_span_what_was_unseen_does_not_matter():
         return factor._replace(eigenvectors=factor.eigenvectors @ turn)
 
     other = state._replace(left=turned(state.left), right=turned(state.right))
-    count = jnp.int32(4)  # no decomposition for a while
+    count = jnp.int32(10)  # no decomposition for a while
     state, other = (s._replace(count=count) for s in (state, other))
     for grads in rng.standard_normal((3, 6, 5)):
         updates, state = tx.update(jnp.asarray(grads), state)

@@ -170,7 +170,7 @@ CASES = {
     ),
     "auto_damping(ekfac)": learned(rmtdamp.kfac(0.1, kronecker(ekfac=True))),
     "auto_damping(spectral)": learned(rmtdamp.spectral_descent(0.1)),
-    "auto_damping(shampoo)": learned(rmtdamp.shampoo(0.1, eigen_every=1)),
+    "auto_damping(shampoo)": learned(rmtdamp.shampoo(0.1)),
 }
 # How params and batch lie on four devices.
 LAYOUTS = {

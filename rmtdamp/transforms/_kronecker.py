@@ -98,7 +98,9 @@ class KroneckerMeasurer:
         decay: weight of the past in the averages, in [0, 1).
         eigen_every: measurements between eigendecompositions, at least 1, the first
             measurement included; and 1, 2, 4, ... below half of that.
-        ekfac: measure the diagonal of the curvature in the eigenbasis too.
+        ekfac: measure the diagonal of the curvature in the eigenbasis too. Eigenvectors
+            of a side without an eigenvalue, below rounding, are arbitrary, and each
+            gets the mean of theirs.
         debias: whether averages begin at the first measurement or at the identity.
         seed: of sampled labels, which are a function of it and the measurement's
             number: the same on every device and after a restart.
@@ -292,11 +294,34 @@ def _eigenbases(mesh, factors) -> tuple[Eigenbasis, ...]:
     return tuple(spread(eigenbasis, factors, list(map(cost, factors)), mesh))
 
 
+def _known_moments(record, basis):
+    """`second_moments`, evened out over the eigenvectors of each side without a value.
+
+    They are arbitrary, a matter of rounding, and steps must not depend on it. Rows of
+    an embedding are its tokens.
+
+    Returns:
+        (groups, rows, columns).
+    """
+    moments = second_moments(record, basis)
+    sides = [(2, basis.output_values)]
+    if basis.inputs.ndim == 3:
+        sides.append((1, basis.input_values))
+    for axis, values in sides:
+        top = jnp.max(values, axis=1, keepdims=True)
+        unseen = values <= values.shape[1] * jnp.finfo(values.dtype).eps * top
+        unseen = jnp.expand_dims(unseen, 3 - axis)
+        total = jnp.sum(jnp.where(unseen, moments, 0), axis, keepdims=True)
+        count = jnp.maximum(jnp.sum(unseen, axis, keepdims=True), 1)
+        moments = jnp.where(unseen, total / count, moments)
+    return moments
+
+
 def _accept(measurer, before, averaged, found, bases, due) -> KroneckerState:
     """The state after a measurement, or the one before where it was not finite."""
     scales, weight = before.scales, before.scale_weight
     if measurer.ekfac:
-        moments = tuple(map(second_moments, found.records, bases))
+        moments = tuple(map(_known_moments, found.records, bases))
         # A new basis begins a new average: old entries belong to other directions.
         scales, weight = _mixed(
             scales, moments, jnp.where(due, 0, weight), measurer.decay
