@@ -74,7 +74,7 @@ def test_every_run_is_asked_for_once():
         keys = [run.key for run in runs]
         assert len(keys) == len(set(keys)) == 3 * methods * 5 * 10
     assert len({run.key for run in rules._text_runs()}) == 2 * 5 * 4
-    deep = 3 * (3 + 3) + 2 * (3 + 2)
+    deep = 3 * (3 + 3 + 4) + 2 * (3 + 2)
     assert len({run.key for run in rules._deep_kfac_runs()}) == 5 * deep
     assert len({run.key for run in rules._adam_held_out_runs()}) == 2 * 2 * 5 * 10
 

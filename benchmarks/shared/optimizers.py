@@ -54,6 +54,7 @@ class Method(NamedTuple):
     layers: bool = False  # a damping for each layer
     early: bool = False  # measure at steps 1, 2, 4, ... too, as in the library's step
     batch_statistics: bool = False  # the loss that is measured has BatchNorm's own
+    kl_clip: float = 0.01  # KFAC's
 
 
 class Numbers(NamedTuple):
@@ -144,6 +145,7 @@ def _flat(rate, method, numbers, network):
 
 def _kfac(rate, method, numbers, network, **options):
     factors = factors_of(method, network)
+    options = {"kl_clip": method.kl_clip} | options
     return rmtdamp.kfac(rate, factors, refresh_every=None, **options)
 
 

@@ -86,6 +86,8 @@ FLAT = {
 ADAM = "flat 1e-08"
 KFAC, LANCZOS = "floor, c = 12", "floor, c = 1"  # the defaults, for_lanczos
 BATCH = f"{KFAC}, batch statistics"
+# kl_clip, in place of its default of 0.01.
+CLIPPED = [("flat 0.1", 1e-4), ("flat 1", 1e-4), (KFAC, 1e-3), (KFAC, 1e-4)]
 FLAT_KFAC = [f"flat {x:g}" for x in FLAT["kfac"]]
 HELD_OUT = (0.1, 1.0)  # flat values of Lanczos-Newton
 # What is set beside Adam: optimisers of their own, and a form in which a damping
@@ -165,8 +167,12 @@ def _deep_kfac_runs():
     methods = {_name(*method): method for method in _methods("kfac")}
     measured, floor = methods[KFAC]
     methods[BATCH] = (measured | {"batch_statistics": True}, floor)
+    for name, clip in CLIPPED:
+        method, floor = methods[name]
+        methods[f"{name}, {clip}"] = method | {"kl_clip": clip}, floor
     both = *FLAT_KFAC[1:], KFAC
-    cases = ((*both, "floor", "floor, c = 16"), range(3)), ((*both, BATCH), range(2))
+    plain = *both, "floor", "floor, c = 16", *(f"{n}, {clip}" for n, clip in CLIPPED)
+    cases = (plain, range(3)), ((*both, BATCH), range(2))
     return [
         run(sizes, *methods[name], rate, seed)
         for sizes, (names, seeds) in zip(DEEP.values(), cases, strict=True)
@@ -229,7 +235,8 @@ def _name(method: Row, damping: float) -> str:
     rule = method.get("rule", "").replace("identity", "eq. 15")
     rule += ", each layer" if method.get("layers") else ""
     rule += ", batch statistics" if method.get("batch_statistics") else ""
-    return rule or f"flat {damping:g}"
+    clip = f", clipped at {method['kl_clip']:g}" if "kl_clip" in method else ""
+    return (rule or f"flat {damping:g}") + clip
 
 
 def _heads(row):
