@@ -195,9 +195,14 @@ def pair(batch: Batch) -> tuple[Batch, Batch]:
         ValueError: it is no pair, empty, or of unequal leading axes.
     """
     if not isinstance(batch, tuple | list) or len(batch) != 2:
+        kind = f"of type {type(batch).__name__}"
+        if isinstance(batch, tuple | list):
+            kind += f" and length {len(batch)}"
+        if (shape := getattr(batch, "shape", None)) is not None:
+            kind = f"an array of shape {shape}"
         raise ValueError(
-            f"batch is a {type(batch).__name__}, and must be a pair (inputs, targets): "
-            "the model sees the first and the loss the second"
+            f"batch is {kind}, and must be a pair (inputs, targets): the model sees "
+            "the first and the loss the second"
         )
     num_examples(batch)
     return tuple(batch)

@@ -111,7 +111,7 @@ def test_loss_args_reach_the_model():
         (
             lambda: ggn_matvec(model, loss, PARAMS, BATCH[0]),
             ValueError,
-            r"batch is a ArrayImpl, and must be a pair \(inputs, targets\)",
+            r"batch is an array of shape .*, and must be a pair \(inputs, targets\)",
         ),
         (
             lambda: ggn_matvec(model, lambda z, y: z, PARAMS, BATCH),

@@ -404,7 +404,7 @@ def test_factors_of_another_model_are_refused():
     ):
         check_factors(factors_fn, other, batches[0])
     with pytest.raises(
-        ValueError, match=r"fails on batch 0: ValueError: batch is a .* must be a pair"
+        ValueError, match=r"fails on batch 0: ValueError: batch is .* must be a pair"
     ):
         check_factors(factors_fn, params, batches[0][0])
 

@@ -54,7 +54,7 @@ class Method(NamedTuple):
     layers: bool = False  # a damping for each layer
     early: bool = False  # measure at steps 1, 2, 4, ... too, as in the library's step
     batch_statistics: bool = False  # the loss that is measured has BatchNorm's own
-    kl_clip: float = 0.01  # KFAC's
+    kl_clip: float = 0.01  # KFAC's, of each step
 
 
 class Numbers(NamedTuple):

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import optax
 
+from rmtdamp._checks import check_decays
 from rmtdamp._jax import is_traced
 from rmtdamp._types import LossFn
 from rmtdamp.damping import StabilityFloor
@@ -74,6 +75,7 @@ def auto_adam(
     References:
         Granziol and Baskerville, sections 7.3 and 8.
     """
+    check_decays(b1=b1, b2=b2)
     if not isinstance(learner, DampingLearner):
         if is_traced(b1):
             raise ValueError(

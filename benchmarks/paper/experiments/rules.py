@@ -85,10 +85,11 @@ FLAT = {
 }
 ADAM = "flat 1e-08"
 KFAC, LANCZOS = "floor, c = 12", "floor, c = 1"  # the defaults, for_lanczos
-BATCH = f"{KFAC}, batch statistics"
-# kl_clip, in place of its default of 0.01.
-CLIPPED = [("flat 0.1", 1e-4), ("flat 1", 1e-4), (KFAC, 1e-3), (KFAC, 1e-4)]
 FLAT_KFAC = [f"flat {x:g}" for x in FLAT["kfac"]]
+# `kl_clip` bounds one step and momentum sums ten: 0.003 of their sum.
+CLIP, SHORT = 3e-5, "short clip"
+WITH_SHORT_CLIP = [*FLAT_KFAC, "eq. 15", "floor, c = 4", "Levenberg-Marquardt"]
+KFAC_SHORT = f"floor, c = 4, {SHORT}"
 HELD_OUT = (0.1, 1.0)  # flat values of Lanczos-Newton
 # What is set beside Adam: optimisers of their own, and a form in which a damping
 # leaves the length of the step alone.
@@ -121,11 +122,24 @@ def _methods(optimizer):
             yield base | {"learned": True, "rule": f"aware floor, c = {c}"}, 1e-8
         yield from PEERS.values()
     else:
-        for rule in (KFAC, "floor, c = 16"):
+        for rule in ("floor, c = 4", KFAC, "floor, c = 16"):
             yield base | {"learned": True, "rule": rule}, 1e-8
         # As its authors have it, every fifth step.
         learned = {"learned": True, "rule": "Levenberg-Marquardt", "refresh_every": 5}
         yield base | learned, 0.0
+
+
+def _kfac_methods(names, with_short_clip=()):
+    """Those of these names, as they come and with the short clip."""
+    methods = {_name(*method): method for method in _methods("kfac")}
+    yield from (methods[name] for name in names)
+    for name in with_short_clip:
+        method, damping = methods[name]
+        yield method | {"kl_clip": CLIP}, damping
+
+
+def _with_batch_statistics(methods):
+    return [(method | {"batch_statistics": True}, d) for method, d in methods]
 
 
 def run(sizes, method, damping, rate, seed):
@@ -134,16 +148,30 @@ def run(sizes, method, damping, rate, seed):
     return Run(train_scanned, config | {"learning_rate": rate, "seed": seed})
 
 
-def _runs(optimizer):
-    axes = TASKS.values(), _methods(optimizer), RATES, SEEDS
+def _all(tasks, methods, rates=RATES, seeds=SEEDS):
+    axes = tasks, methods, rates, seeds
     return [run(s, *m, r, i) for s, m, r, i in itertools.product(*axes)]
+
+
+def _adam_runs():
+    return _all(TASKS.values(), _methods("adam"))
+
+
+def _kfac_runs():
+    methods = *_methods("kfac"), *_kfac_methods([], WITH_SHORT_CLIP)
+    return _all(TASKS.values(), methods)
+
+
+def _kfac_held_out_runs():
+    names = *FLAT_KFAC, "eq. 15", KFAC, "Levenberg-Marquardt"
+    methods = _kfac_methods(names, WITH_SHORT_CLIP)
+    return _all(HELD_OUT_TASKS.values(), methods)
 
 
 def _adam_and_its_rule(tasks, seeds, rates=RATES):
     """Adam as it comes and under its rule."""
     both = [m for m in _methods("adam") if _name(*m) in (ADAM, "aware floor")]
-    axes = tasks.values(), both, rates, seeds
-    return [run(s, *m, r, i) for s, m, r, i in itertools.product(*axes)]
+    return _all(tasks.values(), both, rates, seeds)
 
 
 def _text_runs():
@@ -153,31 +181,21 @@ def _text_runs():
 
 def _deep_runs():
     """With convolutions: measured by hand."""
-    return _adam_and_its_rule(DEEP, range(5), WIDER) + [
-        run(sizes, measured | {"batch_statistics": True}, floor, rate, seed)
-        for measured, floor in _methods("adam")
-        if _name(measured, floor) == "aware floor"
-        for rate, seed in itertools.product(WIDER, range(5))
-        for sizes in [DEEP["CIFAR-100, VGG-16-BN"]]
-    ]
+    aware = [m for m in _methods("adam") if _name(*m) == "aware floor"]
+    normed = [DEEP["CIFAR-100, VGG-16-BN"]], _with_batch_statistics(aware)
+    both = _adam_and_its_rule(DEEP, range(5), WIDER)
+    return both + _all(*normed, WIDER, range(5))
 
 
 def _deep_kfac_runs():
     """A run takes half a minute, with BatchNorm one: fewer of these."""
-    methods = {_name(*method): method for method in _methods("kfac")}
-    measured, floor = methods[KFAC]
-    methods[BATCH] = (measured | {"batch_statistics": True}, floor)
-    for name, clip in CLIPPED:
-        method, floor = methods[name]
-        methods[f"{name}, {clip}"] = method | {"kl_clip": clip}, floor
-    both = *FLAT_KFAC[1:], KFAC
-    plain = *both, "floor", "floor, c = 16", *(f"{n}, {clip}" for n, clip in CLIPPED)
-    cases = (plain, range(3)), ((*both, BATCH), range(2))
-    return [
-        run(sizes, *methods[name], rate, seed)
-        for sizes, (names, seeds) in zip(DEEP.values(), cases, strict=True)
-        for name, rate, seed in itertools.product(names, RATES, seeds)
-    ]
+    plain, normed = ([sizes] for sizes in DEEP.values())
+    flat, c = FLAT_KFAC[1:], ["floor, c = 4"]
+    methods = _kfac_methods([*flat, "floor", KFAC, "floor, c = 16"], [*flat[:2], *c])
+    runs = _all(plain, methods, seeds=range(3))
+    floors = _with_batch_statistics(_kfac_methods([KFAC], c))
+    methods = *_kfac_methods([*flat, KFAC], flat), *floors
+    return runs + _all(normed, methods, seeds=range(2))
 
 
 def _long_runs():
@@ -195,8 +213,7 @@ def _of_lanczos(tasks, flat, rules):
     for rule in rules:
         floor = 1e-4 if rule == "identity" else 1e-8
         methods.append((base | {"learned": True, "rule": rule}, floor))
-    axes = [TASKS[task] for task in tasks], methods, RATES, range(3)
-    return [run(s, *m, r, i) for s, m, r, i in itertools.product(*axes)]
+    return _all([TASKS[task] for task in tasks], methods, seeds=range(3))
 
 
 def _lanczos_runs():
@@ -235,7 +252,7 @@ def _name(method: Row, damping: float) -> str:
     rule = method.get("rule", "").replace("identity", "eq. 15")
     rule += ", each layer" if method.get("layers") else ""
     rule += ", batch statistics" if method.get("batch_statistics") else ""
-    clip = f", clipped at {method['kl_clip']:g}" if "kl_clip" in method else ""
+    clip = f", {SHORT}" if "kl_clip" in method else ""
     return (rule or f"flat {damping:g}") + clip
 
 
@@ -340,29 +357,42 @@ def _at_best(found, rule, others, share, name):
 
 
 def _kfac_checks(found):
-    return [
-        _trains(found, KFAC),
-        _below_all(found, KFAC, [*FLAT_KFAC, "eq. 15", "Levenberg-Marquardt"]),
-        *_at_best(found, KFAC, FLAT_KFAC, 0.02, "the best flat"),
-    ]
+    others = [*FLAT_KFAC, "eq. 15", "Levenberg-Marquardt"]
+    cases = (
+        (KFAC, others, FLAT_KFAC),
+        (KFAC_SHORT, _short(others), [*FLAT_KFAC, *_short(FLAT_KFAC)]),
+    )
+    for ours, others, flat in cases:
+        yield _trains(found, ours)
+        yield _below_all(found, ours, others)
+        yield from _at_best(found, ours, flat, 0.02, "the best flat")
 
 
-def _apart(found, rule):
+def _short(names):
+    return [f"{name}, {SHORT}" for name in names]
+
+
+def _apart(found, rule, clip=""):
     """Each network's results and its rule, with BatchNorm of the loss in training mode.
 
     Yields:
         Pairs.
     """
-    (plain, normed), batch = _tasks(found), f"{rule}, batch statistics"
-    for task, ours in ((plain, rule), (normed, batch)):
+    plain, normed = _tasks(found)
+    for task, of in ((plain, ""), (normed, ", batch statistics")):
+        ours = f"{rule}{of}{clip}"
         yield {key: rows for key, rows in found.items() if key[0] == task}, ours
 
 
 def _deep_kfac_checks(found):
+    flat = FLAT_KFAC[1:]
     for of, ours in _apart(found, KFAC):
         yield _trains(of, ours, 0.7)  # 0.8 is chance
-        yield _below_all(of, ours, FLAT_KFAC[1:])
-        yield from _at_best(of, ours, FLAT_KFAC[1:], 0.02, "the best flat")
+        yield _below_all(of, ours, flat)
+        yield from _at_best(of, ours, flat, 0.02, "the best flat")
+    for of, ours in _apart(found, "floor, c = 4", f", {SHORT}"):
+        yield _trains(of, ours, 0.7)
+        yield _below_all(of, ours, [*flat, *_short(flat[:2])])
     yield _of_batches(found, KFAC)
 
 
@@ -438,11 +468,18 @@ def _text_checks(found, ours="aware floor"):
 
 
 def _panels(rows):
-    """A task each: the test loss of a method against the rate, up to twice the best."""
+    """A task each: the test loss against the rate, up to twice the best.
+
+    Yields:
+        Panels; of the methods with a short clip only the floor.
+    """
     found = by(rows, lambda row: tuple(_heads(row).values()))
     for task in _tasks(found):
         lines = []
-        for name, of in ((n, of) for (t, n), of in found.items() if t == task):
+        shown = {n: of for (t, n), of in found.items() if t == task}
+        for name, of in shown.items():
+            if name.endswith(SHORT) and name != KFAC_SHORT:
+                continue
             rates = _at_rates(of)
             y = [mean(loss(some)) for some in rates.values()]
             style = "--" if name.startswith("flat") else ":" if name in PEERS else "o-"
@@ -455,16 +492,13 @@ def _panels(rows):
 EXPERIMENTS = [
     Experiment(name, runs, _heads, _line, checks, [_panels], _rank, with_chosen)
     for name, runs, checks in (
-        ("rules_kfac", functools.partial(_runs, "kfac"), _kfac_checks),
-        ("rules_adam", functools.partial(_runs, "adam"), _adam_checks),
+        ("rules_kfac", _kfac_runs, _kfac_checks),
+        ("rules_kfac_held_out", _kfac_held_out_runs, _kfac_checks),
+        ("rules_adam", _adam_runs, _adam_checks),
         ("rules_adam_held_out", _adam_held_out_runs, _adam_checks),
         ("rules_text", _text_runs, _text_checks),
         ("rules_deep", _deep_runs, _deep_checks),
-        (
-            "rules_deep_kfac",
-            _deep_kfac_runs,
-            _deep_kfac_checks,
-        ),
+        ("rules_deep_kfac", _deep_kfac_runs, _deep_kfac_checks),
         ("rules_long", _long_runs, _text_checks),
         ("rules_lanczos", _lanczos_runs, _lanczos_checks),
         ("rules_lanczos_held_out", _held_out_runs, _lanczos_checks),
