@@ -90,6 +90,7 @@ FLAT_KFAC = [f"flat {x:g}" for x in FLAT["kfac"]]
 CLIP, SHORT = 3e-5, "short clip"
 WITH_SHORT_CLIP = [*FLAT_KFAC, "eq. 15", "floor, c = 4", "Levenberg-Marquardt"]
 KFAC_SHORT = f"floor, c = 4, {SHORT}"
+PICTURED = [KFAC, KFAC_SHORT, *FLAT_KFAC, "eq. 15", "Levenberg-Marquardt"]
 HELD_OUT = (0.1, 1.0)  # flat values of Lanczos-Newton
 # What is set beside Adam: optimisers of their own, and a form in which a damping
 # leaves the length of the step alone.
@@ -471,15 +472,15 @@ def _panels(rows):
     """A task each: the test loss against the rate, up to twice the best.
 
     Yields:
-        Panels; of the methods with a short clip only the floor.
+        Panels; of KFAC's methods with those that answer which to take.
     """
     found = by(rows, lambda row: tuple(_heads(row).values()))
     for task in _tasks(found):
         lines = []
         shown = {n: of for (t, n), of in found.items() if t == task}
+        if set(PICTURED) <= set(shown):
+            shown = {n: shown[n] for n in PICTURED}
         for name, of in shown.items():
-            if name.endswith(SHORT) and name != KFAC_SHORT:
-                continue
             rates = _at_rates(of)
             y = [mean(loss(some)) for some in rates.values()]
             style = "--" if name.startswith("flat") else ":" if name in PEERS else "o-"
