@@ -198,7 +198,7 @@ def pair(batch: Batch) -> tuple[Batch, Batch]:
         kind = f"of type {type(batch).__name__}"
         if isinstance(batch, tuple | list):
             kind += f" and length {len(batch)}"
-        if (shape := getattr(batch, "shape", None)) is not None:
+        elif (shape := getattr(batch, "shape", None)) is not None:
             kind = f"an array of shape {shape}"
         raise ValueError(
             f"batch is {kind}, and must be a pair (inputs, targets): the model sees "

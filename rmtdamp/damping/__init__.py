@@ -28,19 +28,17 @@ below is rules, and the averaging along a training run of what they are told.
 
 from rmtdamp._parts import by_layer
 
-from ._learned import (
-    SETTLED,
-    LearnedDamping,
-    Probe,
-    decide_damping,
-    initial_damping,
-    learn_damping,
-    settle_probe,
-)
-from ._rules import (
+from ._evidence import (
     MEASURED,
     DampingRule,
     Evidence,
+    decides_in_the_step,
+    is_relative,
+    needs,
+    needs_of,
+)
+from ._learned import SETTLED, decide_damping, learn_damping, settle_probe
+from ._rules import (
     GradientNorm,
     LargestFraction,
     LevenbergMarquardt,
@@ -48,11 +46,7 @@ from ._rules import (
     MeanFraction,
     StabilityFloor,
     Sum,
-    decides_in_the_step,
     identity_target,
-    is_relative,
-    needs,
-    needs_of,
     relative_target,
     scaled_identity_target,
 )
@@ -62,6 +56,7 @@ from ._shrinkage import (
     damping_weight,
     shrinkage_from_damping,
 )
+from ._state import LearnedDamping, Probe, initial_damping
 
 __all__ = [
     "MEASURED",

@@ -38,8 +38,6 @@ from ._eigsh import eigsh as eigsh
 from ._frobenius import frobenius_norm as frobenius_norm
 from ._gauss_newton import fisher_matvec as fisher_matvec, ggn_matvec as ggn_matvec
 from ._lanczos import (
-    EigenPairs as EigenPairs,
-    Tridiagonal as Tridiagonal,
     check_symmetric as check_symmetric,
     lanczos as lanczos,
 )
@@ -62,3 +60,4 @@ from ._split_half import (
     split_half_eigsh as split_half_eigsh,
 )
 from ._trace import Estimate as Estimate, diagonal as diagonal, trace as trace
+from ._tridiagonal import EigenPairs as EigenPairs, Tridiagonal as Tridiagonal

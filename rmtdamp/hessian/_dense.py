@@ -18,8 +18,8 @@ from rmtdamp._tree import accumulation_dtype, aligned, check_params, size
 from rmtdamp._types import Matvec, Params
 
 from ._apply import HostMatvec, as_argument
-from ._lanczos import EigenPairs
 from ._moments import HessianMoments
+from ._tridiagonal import EigenPairs
 
 # Products in one call: below that, small models leave a machine idle.
 _AT_ONCE = 128

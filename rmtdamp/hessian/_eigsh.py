@@ -33,7 +33,7 @@ from rmtdamp._tree import check_params, norm, scale, scattered, size
 from rmtdamp._types import Key, Matvec, Params
 
 from ._apply import multiply
-from ._lanczos import EigenPairs, Which, check_which, wanted_first
+from ._tridiagonal import EigenPairs, Which, check_which, wanted_first
 
 
 class _Carry(NamedTuple):

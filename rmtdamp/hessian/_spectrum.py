@@ -20,7 +20,8 @@ from rmtdamp._tree import check_params, size
 from rmtdamp._types import Key, Matvec, Params
 
 from ._apply import sum_matvec
-from ._lanczos import Reorthogonalization, check_options, iterate, ritz
+from ._lanczos import Reorthogonalization, check_options, iterate
+from ._tridiagonal import ritz
 
 
 class SpectralDensity(NamedTuple):

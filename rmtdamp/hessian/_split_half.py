@@ -19,7 +19,7 @@ from rmtdamp._types import Batch, Key, Matvec, Params
 
 from ._apply import sum_matvec
 from ._eigsh import eigsh
-from ._lanczos import EigenPairs
+from ._tridiagonal import EigenPairs
 
 
 class SplitHalfPairs(NamedTuple):

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import optax
 
-from rmtdamp._checks import check_decays
 from rmtdamp._jax import is_traced
 from rmtdamp._types import LossFn
 from rmtdamp.damping import StabilityFloor
@@ -75,7 +74,7 @@ def auto_adam(
     References:
         Granziol and Baskerville, sections 7.3 and 8.
     """
-    check_decays(b1=b1, b2=b2)
+    adam = scale_by_adam_shrinkage(b1, b2, form=form)
     if not isinstance(learner, DampingLearner):
         if is_traced(b1):
             raise ValueError(
@@ -93,7 +92,6 @@ def auto_adam(
             f"StabilityFloor.for_adam({b1}), or StabilityFloor(momentum={b1}, "
             "averaged=True)"
         )
-    adam = scale_by_adam_shrinkage(b1, b2, form=form)
     return optax.chain(
         auto_damping(
             adam, learner, refresh_every=refresh_every, learning_rate=learning_rate

@@ -90,6 +90,7 @@ FLAT_KFAC = [f"flat {x:g}" for x in FLAT["kfac"]]
 CLIP, SHORT = 3e-5, "short clip"
 WITH_SHORT_CLIP = [*FLAT_KFAC, "eq. 15", "floor, c = 4", "Levenberg-Marquardt"]
 KFAC_SHORT = f"floor, c = 4, {SHORT}"
+BATCH = ", batch statistics"
 PICTURED = [KFAC, KFAC_SHORT, *FLAT_KFAC, "eq. 15", "Levenberg-Marquardt"]
 HELD_OUT = (0.1, 1.0)  # flat values of Lanczos-Newton
 # What is set beside Adam: optimisers of their own, and a form in which a damping
@@ -140,7 +141,8 @@ def _kfac_methods(names, with_short_clip=()):
 
 
 def _with_batch_statistics(methods):
-    return [(method | {"batch_statistics": True}, d) for method, d in methods]
+    for method, damping in methods:
+        yield method | {"batch_statistics": True}, damping
 
 
 def run(sizes, method, damping, rate, seed):
@@ -252,9 +254,9 @@ def _name(method: Row, damping: float) -> str:
             return name
     rule = method.get("rule", "").replace("identity", "eq. 15")
     rule += ", each layer" if method.get("layers") else ""
-    rule += ", batch statistics" if method.get("batch_statistics") else ""
-    clip = f", {SHORT}" if "kl_clip" in method else ""
-    return (rule or f"flat {damping:g}") + clip
+    name = rule or f"flat {damping:g}"
+    name += f", {SHORT}" if "kl_clip" in method else ""
+    return name + (BATCH if method.get("batch_statistics") else "")
 
 
 def _heads(row):
@@ -373,15 +375,14 @@ def _short(names):
     return [f"{name}, {SHORT}" for name in names]
 
 
-def _apart(found, rule, clip=""):
+def _apart(found, rule):
     """Each network's results and its rule, with BatchNorm of the loss in training mode.
 
     Yields:
         Pairs.
     """
     plain, normed = _tasks(found)
-    for task, of in ((plain, ""), (normed, ", batch statistics")):
-        ours = f"{rule}{of}{clip}"
+    for task, ours in ((plain, rule), (normed, rule + BATCH)):
         yield {key: rows for key, rows in found.items() if key[0] == task}, ours
 
 
@@ -391,7 +392,7 @@ def _deep_kfac_checks(found):
         yield _trains(of, ours, 0.7)  # 0.8 is chance
         yield _below_all(of, ours, flat)
         yield from _at_best(of, ours, flat, 0.02, "the best flat")
-    for of, ours in _apart(found, "floor, c = 4", f", {SHORT}"):
+    for of, ours in _apart(found, KFAC_SHORT):
         yield _trains(of, ours, 0.7)
         yield _below_all(of, ours, [*flat, *_short(flat[:2])])
     yield _of_batches(found, KFAC)
@@ -407,7 +408,7 @@ def _of_batches(found, rule):
     _, normed = _tasks(found)
     rows = (
         [x for of in _at_rates(found[normed, name]).values() for x in loss(of)]
-        for name in (f"{rule}, batch statistics", rule)
+        for name in (rule + BATCH, rule)
     )
     text = f"{normed}: {rule} with batch statistics, loss at all rates not above "
     return not_more(text + "that with running averages", *rows)
