@@ -45,6 +45,7 @@ from .transforms import (
     DampingLearner as DampingLearner,
     KroneckerMeasurer as KroneckerMeasurer,
     RitzMeasurer as RitzMeasurer,
+    TrustRegion as TrustRegion,
     adam_shrinkage as adam_shrinkage,
     adamw_shrinkage as adamw_shrinkage,
     auto_adam as auto_adam,

@@ -20,6 +20,7 @@ from rmtdamp.hessian import (
     hessian_matvec,
     hvp,
     moments,
+    quadratic_form,
     to_dense,
 )
 from rmtdamp.transforms import Context
@@ -43,6 +44,14 @@ def test_products_match_the_dense_hessian(product):
     exact = dense_hessian(mlp_loss, PARAMS, BATCH) @ flat(VECTOR)
     np.testing.assert_allclose(flat(found), exact, atol=1e-12)
     assert jax.tree.structure(found) == jax.tree.structure(PARAMS)
+
+
+def test_quadratic_form_matches_the_dense_hessian():
+    exact = flat(VECTOR) @ dense_hessian(mlp_loss, PARAMS, BATCH) @ flat(VECTOR)
+    np.testing.assert_allclose(quadratic_form(mlp_loss, PARAMS, BATCH, VECTOR), exact)
+    scaled = lambda params, batch, factor: factor * mlp_loss(params, batch)
+    given = quadratic_form(scaled, PARAMS, BATCH, VECTOR, loss_args=(3.0,))
+    np.testing.assert_allclose(given, 3 * exact)
 
 
 def test_product_is_the_derivative_of_the_gradient():
@@ -229,6 +238,8 @@ def test_modes_agree(loss, mode):
     many = hessian_matvec(loss, WEIGHTS, INPUTS, mode=mode)(vector)
     np.testing.assert_allclose(once, exact, atol=1e-12)
     np.testing.assert_allclose(many, exact, atol=1e-12)
+    form = quadratic_form(loss, WEIGHTS, INPUTS, vector, mode=mode)
+    np.testing.assert_allclose(form, jnp.vdot(vector, exact), atol=1e-12)
     measure = lambda loss, **options: moments(
         loss, WEIGHTS, INPUTS, jax.random.key(7), num_microbatches=2, **options
     )
@@ -239,7 +250,8 @@ def test_modes_agree(loss, mode):
 
 def test_a_loss_that_cannot_be_differentiated_names_the_other_mode():
     reverse, forward = "reverse-over-reverse", "forward-over-reverse"
-    for product in (hessian_matvec, lambda *args, **kw: hvp(*args, WEIGHTS, **kw)):
+    at = lambda function: lambda *args, **kw: function(*args, WEIGHTS, **kw)
+    for product in (hessian_matvec, at(hvp), at(quadratic_form)):
         with pytest.raises(TypeError, match=rf'custom VJP .* pass mode="{reverse}"'):
             product(CUSTOM, WEIGHTS, INPUTS)
         with pytest.raises(ValueError, match=rf'unknown length.*pass mode="{forward}"'):

@@ -147,6 +147,9 @@ CASES = {
     "eigsh": of_matvec(lambda m, p: with_sign(hessian.eigsh(m, p, key(), k=3))),
     "spectral_density": of_matvec(density),
     "spectral_density, traced": of_matvec(traced(density)),
+    "quadratic_form": lambda params, batch: hessian.quadratic_form(
+        loss_fn, params, batch, params
+    ),
     "trace": of_matvec(
         lambda m, p: hessian.trace(m, p, key(), num_probes=6, method="xtrace")
     ),
@@ -167,6 +170,11 @@ CASES = {
     "auto_damping(kfac)": learned(rmtdamp.kfac(0.1, kronecker())),
     "auto_damping(kfac, factored)": learned(
         rmtdamp.kfac(0.1, kronecker(), tikhonov="factored")
+    ),
+    "auto_damping(kfac, trust region)": learned(
+        rmtdamp.kfac(
+            0.1, kronecker(), kl_clip=rmtdamp.TrustRegion(loss_fn, radius=0.01)
+        )
     ),
     "auto_damping(ekfac)": learned(rmtdamp.kfac(0.1, kronecker(ekfac=True))),
     "auto_damping(spectral)": learned(rmtdamp.spectral_descent(0.1)),

@@ -2,11 +2,12 @@
 
     python -m benchmarks.costs [SECTION...] [--quick] [--fresh] [--compare]
 
-Sections, all of them by default: steps, refreshes (of the damping); kfac; kfac-jax
-(beside it, in an environment of its own: benchmarks/costs/peer.py); eigenbases (its
-eigendecompositions on one device each, over all on each of two); products,
-density (of Hessians); penalties (on their trace); vocabulary (a large one: its
-cross-entropy in chunks); precision (of measurements, by dtype: errors, not costs);
+Sections, all of them by default: steps, refreshes (of the damping); kfac; regions (what
+a trust region adds to it); kfac-jax (beside it, in an environment of its own:
+benchmarks/costs/peer.py); eigenbases (its eigendecompositions on one device each, over
+all on each of two); products, density (of Hessians); penalties (on their trace);
+vocabulary (a large one: its cross-entropy in chunks); precision (of measurements, by
+dtype: errors, not costs);
 first calls (compiling included); scaling (over devices: counts in compiled programs);
 big (a transformer of 100 million parameters). Each has a process of its own.
 Rows go to benchmarks/results/costs.json as they are measured, under the device's name,
@@ -150,15 +151,19 @@ def refresh_row(effort, how, kind, batch_size):
     )
 
 
-def kfac_row(effort, kind, batch_size, tikhonov="eigenvalues"):
-    """100 steps of KFAC over 100 of Adam; the CNN, on a CPU, measures by hand."""
-    case = loss_fn, params, batch = problem(kind, batch_size)
+def kfac_steps(kind, batch_size, with_region=False, **options):
+    """Steps of KFAC; the CNN, on a CPU, measures by hand."""
+    loss_fn, params, batch = problem(kind, batch_size)
     model = timing.model_of(kind)
     loss_args = nnx.as_pure(rmtdamp.flax.loss_args(model))
     factors_fn = rmtdamp.flax.nnx_factors(model, cross_entropy)
     measurer = rmtdamp.KroneckerMeasurer(factors_fn)
     every = None if kind == "cnn" else 10
-    options = {"damping": 1e-3, "tikhonov": tikhonov, "refresh_every": every}
+    options |= {"damping": 1e-3, "refresh_every": every}
+    if with_region:
+        # What the model hands to its factors is nothing to this loss.
+        whole = lambda params, batch, *loss_args: loss_fn(params, batch)
+        options["kl_clip"] = rmtdamp.TrustRegion(whole)
     tx = rmtdamp.kfac(1e-6, measurer, **options)
 
     def refresh(count, state, params):
@@ -166,11 +171,22 @@ def kfac_row(effort, kind, batch_size, tikhonov="eigenvalues"):
             return state
         return rmtdamp.refresh(state, measurer, params, batch, loss_args=loss_args)
 
-    ours = Steps(tx, loss_fn, params, batch, None if every else refresh, loss_args)
+    return Steps(tx, loss_fn, params, batch, None if every else refresh, loss_args)
+
+
+def kfac_row(effort, kind, batch_size, tikhonov="eigenvalues"):
+    """100 steps of KFAC over 100 of Adam."""
+    ours = kfac_steps(kind, batch_size, tikhonov=tikhonov)
     # The rate is small, for gradients of fitted labels vanish.
-    adam = Steps(optax.adam(1e-6), *case)
+    adam = Steps(optax.adam(1e-6), *problem(kind, batch_size))
     what = f"KFAC, {tikhonov}, {kind} {batch_size}"
     return over(effort, what, adam, ours, EVERY, 5)
+
+
+def region_row(effort, kind, batch_size):
+    """20 steps of KFAC in a trust region over 20 with its clip."""
+    both = (kfac_steps(kind, batch_size, with_region=x) for x in (False, True))
+    return over(effort, f"trust region, {kind} {batch_size}", *both, 20, 9)
 
 
 def kfac_jax_row(effort, batch_size):
@@ -574,6 +590,7 @@ SECTIONS = {
     "steps": (step_row, [*STEPS, ("auto_damping by hand", "cnn", 128)]),
     "refreshes": (refresh_row, [*REFRESHED, ("eager", "cnn", 128)]),
     "kfac": (kfac_row, KFAC),
+    "regions": (region_row, [("mlp", 256), ("mlp", 4096), ("cnn", 128)]),
     "kfac-jax": (kfac_jax_row, PEER),
     "eigenbases": (eigenbases_row, [(k, 16, 2) for k in ("mlp", "transformer")]),
     "products": (product_row, PRODUCTS),

@@ -55,6 +55,7 @@ class Method(NamedTuple):
     early: bool = False  # measure at steps 1, 2, 4, ... too, as in the library's step
     batch_statistics: bool = False  # the loss that is measured has BatchNorm's own
     kl_clip: float = 0.01  # KFAC's, of each step
+    region: bool = False  # in its place a bound of the whole step
 
 
 class Numbers(NamedTuple):
@@ -145,7 +146,8 @@ def _flat(rate, method, numbers, network):
 
 def _kfac(rate, method, numbers, network, **options):
     factors = factors_of(method, network)
-    options = {"kl_clip": method.kl_clip} | options
+    region = rmtdamp.TrustRegion(network.train_loss) if method.region else None
+    options = {"kl_clip": region or method.kl_clip} | options
     return rmtdamp.kfac(rate, factors, refresh_every=None, **options)
 
 

@@ -121,7 +121,8 @@ class StabilityFloor:
     where c > 1 + v (1 + rho) / (1 - rho), so c grows with momentum that sums.
 
     It does not see ahead. A deep network without normalisation, whose lambda_max grows
-    tenfold and more in its first tens of steps, may be lost in them; a larger c helps.
+    tenfold and more in its first tens of steps, may be lost in them; a larger c helps,
+    and KFAC with a `rmtdamp.TrustRegion`, which looks at every step.
     Of a network with BatchNorm lambda_max must be that of the loss in training mode
     (`rmtdamp.flax.curvature_loss` knows it).
 
@@ -149,12 +150,12 @@ class StabilityFloor:
         safety: c. None is 8, and for momentum that sums 12/19 (1 + rho) / (1 - rho)
             where that is more: 12 at 0.9, which is v = 0.6, 25 at 0.95, 126 at 0.99. It
             was chosen for KFAC with lambda_max(H): less loses runs of deep networks,
-            more costs small ones. Under a short `kl_clip` take 4 (`kfac`). `for_adam`
-            takes 4, preconditioned: more costs where Adam trains best near its own
-            threshold (a transformer), less reaches fewer learning rates. `for_lanczos`
-            takes 1 without momentum: the largest |Ritz value| of the step before takes
-            the place of a lambda_max below it (`auto_damping`), and what is sharpest is
-            among the Ritz vectors, where a step is short anyway.
+            more costs small ones. `for_adam` takes 4, preconditioned: more
+            costs where Adam trains best near its own threshold (a transformer), less
+            reaches fewer learning rates. `for_lanczos` takes 1 without momentum: the
+            largest |Ritz value| of the step before takes the place of a lambda_max
+            below it (`auto_damping`), and what is sharpest is among the Ritz vectors,
+            where a step is short anyway.
         momentum: rho or b1 of the optimiser, in [0, 1).
         averaged: whether momentum averages, as Adam's does, or sums.
         preconditioned: whether lambda is that of the preconditioned Hessian, or of H.

@@ -5,6 +5,7 @@
 | | |
 |---|---|
 | `hvp`, `hessian_matvec` | H v once, or many times at one point |
+| `quadratic_form` | v^T H v |
 | `ggn_matvec`, `fisher_matvec` | Gauss-Newton matrix; sampled and empirical Fisher |
 | `dataset_matvec`, `restrict`, `sum_matvec` | over a data set; a layer's block; sums |
 | `noise_matvec` | a batch Hessian's noise: of its halves, or against the data set |
@@ -47,7 +48,11 @@ from ._overlap import (
     subspace_overlap as subspace_overlap,
 )
 from ._power import Eigenvalue as Eigenvalue, largest_eigenvalue as largest_eigenvalue
-from ._products import hessian_matvec as hessian_matvec, hvp as hvp
+from ._products import (
+    hessian_matvec as hessian_matvec,
+    hvp as hvp,
+    quadratic_form as quadratic_form,
+)
 from ._spectrum import (
     SpectralDensity as SpectralDensity,
     noise_matvec as noise_matvec,

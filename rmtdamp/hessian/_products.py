@@ -30,7 +30,7 @@ from rmtdamp._checks import (
     check_scalar,
 )
 from rmtdamp._jax import coarsest_epsilon, matmul_precision
-from rmtdamp._tree import accumulation_dtype, aligned, check_params, norm, size
+from rmtdamp._tree import accumulation_dtype, aligned, check_params, norm, size, vdot
 from rmtdamp._types import Batch, LossFn, Matvec, Mode, Params
 
 
@@ -218,6 +218,72 @@ def hvp(
     check_mode(mode)
     vector = aligned(vector, params)
     return _hvp(loss_fn, params, batch, vector, loss_args, precision, mode)
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "precision", "mode"))
+def _quadratic_form(loss_fn, params, batch, vector, loss_args, precision, mode):
+    check_scalar(loss_fn, params, batch, loss_args)
+    along = lambda f: lambda p: jax.jvp(f, (p,), (vector,))[1]
+    loss = lambda p: loss_fn(p, batch, *loss_args)
+    if mode == FORWARD:
+        try:
+            with matmul_precision(precision):
+                return along(along(loss))(params)
+        except (TypeError, NotImplementedError) as error:
+            if not any(x in str(error) for x in ("custom_vjp", "custom_lin")):
+                raise
+    product = _hvp(loss_fn, params, batch, vector, loss_args, precision, mode)
+    return vdot(vector, product)
+
+
+def quadratic_form(
+    loss_fn: LossFn,
+    params: Params,
+    batch: Batch,
+    vector: Params,
+    *,
+    loss_args: tuple[Any, ...] = (),
+    precision: str | None = "highest",
+    mode: Mode = "forward-over-reverse",
+) -> jax.Array:
+    """The curvature of the batch loss along a vector, v^T H v.
+
+    The second derivative of L(params + t v) in t, both taken forward: nothing is kept
+    for a backward pass, and it is half the work of a product and of its compilation.
+
+    Args:
+        loss_fn: `loss_fn(params, batch, *loss_args) -> scalar`, the mean loss; static,
+            so define it once.
+        params: pytree of real floating arrays.
+        batch: pytree of arrays that the loss understands.
+        vector: v, a pytree with the shapes of `params`; cast to their dtypes.
+        loss_args: further arguments of the loss, traced.
+        precision: matmul precision; None leaves the global setting.
+        mode: in another than the default, and of a loss with a custom VJP, it is
+            <v, H v> of `hvp` in that mode.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        TypeError: params that are not real floats, a loss that is not a scalar, or one
+            that cannot be differentiated in this mode.
+        ValueError: `vector` does not have the shapes of `params`, or an unknown mode.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmtdamp.hessian import quadratic_form
+        >>> def loss_fn(params, batch):
+        ...     return jnp.mean((batch @ params) ** 2)
+        >>> batch = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+        >>> print(quadratic_form(loss_fn, jnp.zeros(2), batch, jnp.ones(2)))
+        5.0
+    """
+    check_params(params)
+    check_loss_args(loss_args)
+    check_mode(mode)
+    vector = aligned(vector, params)
+    return _quadratic_form(loss_fn, params, batch, vector, loss_args, precision, mode)
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "precision", "mode"))

@@ -62,3 +62,7 @@ from ._spectral_descent import (
     scale_by_spectral_descent as scale_by_spectral_descent,
     spectral_descent as spectral_descent,
 )
+from ._trust_region import (
+    TrustRegion as TrustRegion,
+    TrustRegionState as TrustRegionState,
+)
