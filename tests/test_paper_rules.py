@@ -70,13 +70,13 @@ def test_a_run_that_diverged_is_never_chosen_and_counts_as_lost():
 
 
 def test_every_run_is_asked_for_once():
-    for runs, methods in ((rules._kfac_runs(), 16 + 7), (rules._adam_runs(), 21)):
+    for runs, methods in ((rules._kfac_runs(), 16 + 2 * 7), (rules._adam_runs(), 21)):
         keys = [run.key for run in runs]
         assert len(keys) == len(set(keys)) == 3 * methods * 5 * 10
     held_out = rules._kfac_held_out_runs()
-    assert len({run.key for run in held_out}) == 2 * (7 + 7) * 5 * 10
+    assert len({run.key for run in held_out}) == 2 * 3 * 7 * 5 * 10
     assert len({run.key for run in rules._text_runs()}) == 2 * 5 * 4
-    deep = 3 * (6 + 3) + 2 * (4 + 3 + 2)
+    deep = 3 * (6 + 3 + 2) + 2 * (4 + 3 + 2 + 2)
     assert len({run.key for run in rules._deep_kfac_runs()}) == 5 * deep
     assert len({run.key for run in rules._adam_held_out_runs()}) == 2 * 2 * 5 * 10
 

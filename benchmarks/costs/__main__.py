@@ -184,9 +184,10 @@ def kfac_row(effort, kind, batch_size, tikhonov="eigenvalues"):
 
 
 def region_row(effort, kind, batch_size):
-    """20 steps of KFAC in a trust region over 20 with its clip."""
+    """Steps of KFAC in a trust region over as many with its clip."""
     both = (kfac_steps(kind, batch_size, with_region=x) for x in (False, True))
-    return over(effort, f"trust region, {kind} {batch_size}", *both, 20, 9)
+    num, pairs = (10, 3) if kind == "cnn" else (20, 9)
+    return over(effort, f"trust region, {kind} {batch_size}", *both, num, pairs)
 
 
 def kfac_jax_row(effort, batch_size):

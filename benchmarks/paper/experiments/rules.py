@@ -88,10 +88,13 @@ KFAC, LANCZOS = "floor, c = 12", "floor, c = 1"  # the defaults, for_lanczos
 FLAT_KFAC = [f"flat {x:g}" for x in FLAT["kfac"]]
 # `kl_clip` bounds one step and momentum sums ten: 0.003 of their sum.
 CLIP, SHORT = 3e-5, "short clip"
-WITH_SHORT_CLIP = [*FLAT_KFAC, "eq. 15", "floor, c = 4", "Levenberg-Marquardt"]
+OTHERS = ["eq. 15", "Levenberg-Marquardt"]
+WITH_SHORT_CLIP = [*FLAT_KFAC, *OTHERS, "floor, c = 4"]
 KFAC_SHORT = f"floor, c = 4, {SHORT}"
+REGION = ", trust region"
+KFAC_REGION = KFAC + REGION
 BATCH = ", batch statistics"
-PICTURED = [KFAC, KFAC_SHORT, *FLAT_KFAC, "eq. 15", "Levenberg-Marquardt"]
+PICTURED = [KFAC, KFAC_SHORT, *FLAT_KFAC, *OTHERS]
 HELD_OUT = (0.1, 1.0)  # flat values of Lanczos-Newton
 # What is set beside Adam: optimisers of their own, and a form in which a damping
 # leaves the length of the step alone.
@@ -131,18 +134,9 @@ def _methods(optimizer):
         yield base | learned, 0.0
 
 
-def _kfac_methods(names, with_short_clip=()):
-    """Those of these names, as they come and with the short clip."""
+def _kfac_methods(names, **changes):
     methods = {_name(*method): method for method in _methods("kfac")}
-    yield from (methods[name] for name in names)
-    for name in with_short_clip:
-        method, damping = methods[name]
-        yield method | {"kl_clip": CLIP}, damping
-
-
-def _with_batch_statistics(methods):
-    for method, damping in methods:
-        yield method | {"batch_statistics": True}, damping
+    return [(methods[name][0] | changes, methods[name][1]) for name in names]
 
 
 def run(sizes, method, damping, rate, seed):
@@ -161,13 +155,16 @@ def _adam_runs():
 
 
 def _kfac_runs():
-    methods = *_methods("kfac"), *_kfac_methods([], WITH_SHORT_CLIP)
-    return _all(TASKS.values(), methods)
+    return _all(TASKS.values(), [*_methods("kfac"), *_other_clips()])
+
+
+def _other_clips():
+    short = _kfac_methods(WITH_SHORT_CLIP, kl_clip=CLIP)
+    return short + _kfac_methods([KFAC, *FLAT_KFAC, *OTHERS], region=True)
 
 
 def _kfac_held_out_runs():
-    names = *FLAT_KFAC, "eq. 15", KFAC, "Levenberg-Marquardt"
-    methods = _kfac_methods(names, WITH_SHORT_CLIP)
+    methods = _kfac_methods([*FLAT_KFAC, *OTHERS, KFAC]) + _other_clips()
     return _all(HELD_OUT_TASKS.values(), methods)
 
 
@@ -185,19 +182,23 @@ def _text_runs():
 def _deep_runs():
     """With convolutions: measured by hand."""
     aware = [m for m in _methods("adam") if _name(*m) == "aware floor"]
-    normed = [DEEP["CIFAR-100, VGG-16-BN"]], _with_batch_statistics(aware)
+    batch = [(method | {"batch_statistics": True}, d) for method, d in aware]
     both = _adam_and_its_rule(DEEP, range(5), WIDER)
-    return both + _all(*normed, WIDER, range(5))
+    return both + _all([DEEP["CIFAR-100, VGG-16-BN"]], batch, WIDER, range(5))
 
 
 def _deep_kfac_runs():
     """A run takes half a minute, with BatchNorm one: fewer of these."""
     plain, normed = ([sizes] for sizes in DEEP.values())
-    flat, c = FLAT_KFAC[1:], ["floor, c = 4"]
-    methods = _kfac_methods([*flat, "floor", KFAC, "floor, c = 16"], [*flat[:2], *c])
+    flat, c, batch = FLAT_KFAC[1:], ["floor, c = 4"], {"batch_statistics": True}
+    methods = _kfac_methods([*flat, "floor", KFAC, "floor, c = 16"])
+    methods += _kfac_methods([*flat[:2], *c], kl_clip=CLIP)
+    methods += _kfac_methods([KFAC, "flat 0.1"], region=True)
     runs = _all(plain, methods, seeds=range(3))
-    floors = _with_batch_statistics(_kfac_methods([KFAC], c))
-    methods = *_kfac_methods([*flat, KFAC], flat), *floors
+    methods = _kfac_methods([*flat, KFAC]) + _kfac_methods(flat, kl_clip=CLIP)
+    methods += _kfac_methods([KFAC], **batch) + _kfac_methods(c, **batch, kl_clip=CLIP)
+    methods += _kfac_methods([KFAC], **batch, region=True)
+    methods += _kfac_methods(["flat 0.1"], region=True)
     return runs + _all(normed, methods, seeds=range(2))
 
 
@@ -256,6 +257,7 @@ def _name(method: Row, damping: float) -> str:
     rule += ", each layer" if method.get("layers") else ""
     name = rule or f"flat {damping:g}"
     name += f", {SHORT}" if "kl_clip" in method else ""
+    name += REGION if method.get("region") else ""
     return name + (BATCH if method.get("batch_statistics") else "")
 
 
@@ -360,10 +362,12 @@ def _at_best(found, rule, others, share, name):
 
 
 def _kfac_checks(found):
-    others = [*FLAT_KFAC, "eq. 15", "Levenberg-Marquardt"]
+    others = [*FLAT_KFAC, *OTHERS]
+    regions = [name + REGION for name in others]
     cases = (
         (KFAC, others, FLAT_KFAC),
         (KFAC_SHORT, _short(others), [*FLAT_KFAC, *_short(FLAT_KFAC)]),
+        (KFAC_REGION, regions, [*FLAT_KFAC, *regions[: len(FLAT_KFAC)]]),
     )
     for ours, others, flat in cases:
         yield _trains(found, ours)
@@ -395,6 +399,11 @@ def _deep_kfac_checks(found):
     for of, ours in _apart(found, KFAC_SHORT):
         yield _trains(of, ours, 0.7)
         yield _below_all(of, ours, [*flat, *_short(flat[:2])])
+    for of, ours in _apart(found, KFAC_REGION):
+        yield _trains(of, ours, 0.7)
+        others = [*flat, "flat 0.1" + REGION]
+        yield _below_all(of, ours, others)
+        yield from _at_best(of, ours, others, 0.02, "the best flat")
     yield _of_batches(found, KFAC)
 
 
