@@ -180,6 +180,11 @@ def test_bad_arguments_are_refused(arguments, error, message):
         TrustRegion(**{"loss_fn": mlp_loss} | arguments)
 
 
+def test_a_loss_in_its_place_is_told_of_it():
+    with pytest.raises(TypeError, match=r"kl_clip is a function: .* TrustRegion\(loss"):
+        kfac(0.1, FN, kl_clip=loss_fn)
+
+
 @pytest.mark.parametrize("missing", ["params", "batch"])
 def test_a_step_needs_params_and_its_batch(missing):
     region = TrustRegion(loss_fn)

@@ -284,7 +284,7 @@ def kfac(
 
     Raises:
         ValueError: as `scale_by_kfac`.
-        TypeError: as `scale_by_kfac`.
+        TypeError: as `scale_by_kfac`; `kl_clip` is a function.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -323,6 +323,11 @@ def kfac(
         measurer, damping=damping, tikhonov=tikhonov, refresh_every=refresh_every
     )
     region = kl_clip if isinstance(kl_clip, TrustRegion) else None
+    if callable(kl_clip):
+        raise TypeError(
+            "kl_clip is a function: hand over a number, or TrustRegion(loss_fn) for a "
+            "bound in the curvature of that loss"
+        )
     if kl_clip is not None and region is None:
         bound = "above 0, a TrustRegion, or None for none"
         check_range("kl_clip", kl_clip, lambda x: x > 0, bound)
