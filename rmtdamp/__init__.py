@@ -45,7 +45,6 @@ from .transforms import (
     DampingLearner as DampingLearner,
     KroneckerMeasurer as KroneckerMeasurer,
     RitzMeasurer as RitzMeasurer,
-    TrustRegion as TrustRegion,
     adam_shrinkage as adam_shrinkage,
     adamw_shrinkage as adamw_shrinkage,
     auto_adam as auto_adam,
@@ -62,6 +61,7 @@ from .transforms import (
     set_damping as set_damping,
     shampoo as shampoo,
     spectral_descent as spectral_descent,
+    trust_region as trust_region,
     with_damping as with_damping,
 )
 

@@ -576,7 +576,7 @@ def test_bad_arguments_are_refused(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kl_clip": 0.0}, r"kl_clip is 0.0, and must be above 0, a Trust"),
+        ({"kl_clip": 0.0}, r"kl_clip is 0.0, and must be above 0, or None"),
         ({"momentum": 1.0}, r"momentum is 1.0, and must be in \[0, 1\)"),
         ({"weight_decay": -0.1}, r"weight_decay is -0.1, and must be at least 0"),
         ({"learning_rate": -0.1}, r"learning_rate is -0.1, and must be at least 0"),

@@ -172,8 +172,8 @@ CASES = {
         rmtdamp.kfac(0.1, kronecker(), tikhonov="factored")
     ),
     "auto_damping(kfac, trust region)": learned(
-        rmtdamp.kfac(
-            0.1, kronecker(), kl_clip=rmtdamp.TrustRegion(loss_fn, radius=0.01)
+        rmtdamp.trust_region(
+            rmtdamp.kfac(0.1, kronecker(), kl_clip=None), loss_fn, radius=0.01
         )
     ),
     "auto_damping(ekfac)": learned(rmtdamp.kfac(0.1, kronecker(ekfac=True))),

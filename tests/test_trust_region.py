@@ -1,6 +1,7 @@
-"""A step within a trust region: its length, its momentum, what it looks at."""
+"""A step within a trust region: its length, what it looks at, whose steps it bounds."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,8 @@ import pytest
 from problems import mlp, mlp_batch, mlp_loss
 
 import rmtdamp
-from rmtdamp import DampingLearner, StabilityFloor, TrustRegion, kfac
+from rmtdamp import DampingLearner, StabilityFloor, trust_region
 from rmtdamp.hessian import hvp
-from rmtdamp.kronecker import ModelFactors, make_blocks
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -24,21 +24,41 @@ PART = jax.tree.map(lambda x: x[::8], BATCH)
 close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
 
 
-def length(step, batch=PART, params=PARAMS, loss_fn=mlp_loss):
-    return jnp.abs(optax.tree.vdot(step, hvp(loss_fn, params, batch, step)))
+def length(step, batch=PART, loss_fn=mlp_loss):
+    """|d^T H d|, of a dense product."""
+    return jnp.abs(optax.tree.vdot(step, hvp(loss_fn, PARAMS, batch, step)))
+
+
+def region(loss_fn=mlp_loss, radius=1e-3, **options):
+    """Around an optimiser whose step is what it is handed."""
+    return trust_region(optax.identity(), loss_fn, radius, **options)
+
+
+def clipped(tx, step=STEP, batch=BATCH, **extra_args):
+    """The step that is left, and the count of those that were cut."""
+    state = tx.init(PARAMS)
+    step, state = tx.update(step, state, PARAMS, batch=batch, **extra_args)
+    return step, optax.tree.get(state, "clipped_steps")
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_what_is_cut_ends_at_the_radius(sign):
+def test_what_is_cut_ends_at_the_radius_and_keeps_its_direction(sign):
     """Where the loss bends down, too."""
     loss_fn = lambda params, batch: sign * mlp_loss(params, batch)
     radius = 0.3 * float(length(STEP))
-    share = TrustRegion(loss_fn, radius=radius).share(STEP, PARAMS, BATCH)
-    cut = optax.tree.scale(share, STEP)
-    assert share < 1
-    close(length(cut, loss_fn=loss_fn), radius)
-    wide = TrustRegion(loss_fn, radius=3.5 * radius)
-    assert wide.share(STEP, PARAMS, BATCH) == 1
+    step, count = clipped(region(loss_fn, radius))
+    close(length(step), radius)
+    assert count == 1
+    jax.tree.map(lambda new, old: close(new, 0.3**0.5 * old), step, STEP)
+    step, count = clipped(region(loss_fn, 3.5 * radius))
+    jax.tree.map(np.testing.assert_array_equal, step, STEP)
+    assert count == 0
+
+
+def test_a_loss_times_a_constant_takes_a_radius_times_it():
+    loss_fn = lambda params, batch: 1e3 * mlp_loss(params, batch)
+    at = (mlp_loss, 1e-3), (loss_fn, 1.0)
+    jax.tree.map(close, *(clipped(region(*of))[0] for of in at))
 
 
 def test_one_microbatch_is_looked_at():
@@ -50,125 +70,159 @@ def test_one_microbatch_is_looked_at():
         ),
         BATCH,
     )
-    region = TrustRegion(mlp_loss, radius=1e-3)
-    close(region.share(STEP, PARAMS, hidden), region.share(STEP, PARAMS, BATCH))
-    whole = TrustRegion(mlp_loss, radius=1e-3, num_microbatches=1)
-    share = whole.share(STEP, PARAMS, BATCH)
-    close(length(optax.tree.scale(share, STEP), BATCH), 1e-3)
+    jax.tree.map(close, *(clipped(region(), batch=x)[0] for x in (hidden, BATCH)))
+    whole = region(num_microbatches=1)
+    close(length(clipped(whole)[0], BATCH), 1e-3)
     # Of fewer examples than microbatches, one.
-    few = jax.tree.map(lambda x: x[:3], BATCH)
-    first = jax.tree.map(lambda x: x[:1], BATCH)
-    share = region.share(STEP, PARAMS, few)
-    close(length(optax.tree.scale(share, STEP), first), 1e-3)
+    few, first = (jax.tree.map(lambda x, n=n: x[:n], BATCH) for n in (3, 1))
+    close(length(clipped(region(), batch=few)[0], first), 1e-3)
 
 
 def test_nothing_is_cut_by_a_curvature_that_is_not_a_number():
     batch = jax.tree.map(lambda x: x * jnp.nan, BATCH[0]), BATCH[1]
-    assert TrustRegion(mlp_loss).share(STEP, PARAMS, batch) == 1
+    step, count = clipped(region(), batch=batch)
+    jax.tree.map(np.testing.assert_array_equal, step, STEP)
+    assert count == 0
 
 
 def test_the_loss_is_that_of_training_and_sees_loss_args():
-    def evaluated(params, batch, factor):
+    def evaluated(params, batch, shift):
         raise AssertionError
 
-    training = lambda params, batch, factor: factor * mlp_loss(params, batch)
+    training = lambda params, batch, shift: mlp_loss(params, batch) + shift
     setattr(evaluated, "in_training", training)  # noqa: B010, for pyright
-    region = TrustRegion(evaluated, radius=1e-3)
-    share = region.share(STEP, PARAMS, BATCH, (4.0,))
-    close(length(optax.tree.scale(share, STEP)), 1e-3 / 4)
+    step, _ = clipped(region(evaluated), loss_args=(4.0,))
+    close(length(step, loss_fn=lambda *at: training(*at, 4.0)), 1e-3)
 
 
-def linear(params, x, tape):
-    return tape.linear("dense", x, x @ params["w"])
+def test_steps_keep_their_dtype():
+    step = jax.tree.map(lambda x: x.astype(jnp.bfloat16), STEP)
+    step, _ = clipped(region(), step)
+    assert {x.dtype for x in jax.tree.leaves(step)} == {jnp.dtype(jnp.bfloat16)}
 
 
-def criterion(outputs, targets):
-    return 0.5 * jnp.mean(jnp.sum((outputs - targets) ** 2, axis=1))
+BIG = mlp(jax.random.key(3), SIZES, jnp.float64)
+ALL = jax.tree.map(lambda _: True, PARAMS)
 
 
-def loss_fn(params, batch):
-    return criterion(batch[0] @ params["w"], batch[1])
+def stepped(tx, grads, **extra_args):
+    """Its first step, and the state after."""
+    return tx.update(grads, tx.init(PARAMS), PARAMS, batch=BATCH, **extra_args)
 
 
-WEIGHTS = {"w": jax.random.normal(jax.random.key(3), (4, 2), jnp.float64)}
-DATA = (
-    jax.random.normal(jax.random.key(4), (16, 4), jnp.float64),
-    jax.random.normal(jax.random.key(5), (16, 2), jnp.float64),
+@pytest.mark.parametrize(
+    ("tx", "momentum", "rest"),
+    [
+        (optax.sgd(3.0, momentum=0.9, nesterov=True), "trace", ()),
+        (optax.adamw(0.3, weight_decay=0.1), "mu", ("nu",)),
+        (rmtdamp.adam_shrinkage(0.3), "mu", ("nu",)),
+        (optax.chain(optax.clip(1.0), optax.lion(0.3)), "mu", ()),
+        (optax.inject_hyperparams(optax.adam)(0.3), "mu", ("nu",)),
+        (optax.masked(optax.adam(0.3), ALL), "mu", ("nu",)),
+    ],
+    ids=["sgd", "adamw", "adam_shrinkage", "lion", "injected", "masked"],
 )
-FN = ModelFactors(
-    model_fn=linear,
-    criterion=criterion,
-    blocks=make_blocks(WEIGHTS, {"dense": {"kernel": "w"}}),
-    fisher="ggn",
+def test_momentum_is_cut_with_its_step(tx, momentum, rest):
+    """And all else in the state is what it was."""
+    step, state = stepped(tx, BIG)
+    short, within = stepped(trust_region(tx, mlp_loss, 1e-3), BIG)
+    share = optax.tree.norm(short) / optax.tree.norm(step)
+    assert share < 0.9
+    close(length(short), 1e-3)
+    jax.tree.map(lambda x, y: close(x, share * y), short, step)
+    get = optax.tree.get
+    found = get(within, momentum), get(state, momentum)
+    jax.tree.map(lambda x, y: close(x, share * y), *found)
+    for name in rest:
+        jax.tree.map(np.testing.assert_array_equal, get(within, name), get(state, name))
+
+
+def test_params_may_be_called_mu():
+    """Only a state's own first moments are cut."""
+
+    class Gaussian(NamedTuple):
+        mu: jax.Array
+        sigma: jax.Array
+
+    params = Gaussian(jnp.ones(3), jnp.ones(3))
+    loss_fn = lambda params, batch: jnp.mean((batch @ params.mu * params.sigma[0]) ** 2)
+    batch = jnp.ones((8, 3))
+    grads = jax.grad(loss_fn)(params, batch)
+    found = []
+    for tx in (optax.adam(1.0), trust_region(optax.adam(1.0), loss_fn, 1e-3)):
+        _, state = tx.update(grads, tx.init(params), params, batch=batch)
+        found.append(state)
+    plain, within = found[0][0], found[1].inner_state[0]
+    jax.tree.map(np.testing.assert_array_equal, plain.nu, within.nu)
+    assert jnp.all(within.mu.mu < 0.9 * plain.mu.mu)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.sgd(3.0, momentum=0.9),
+        optax.adamw(0.3, weight_decay=0.1),
+        rmtdamp.auto_adam(0.3, mlp_loss, refresh_every=2),
+    ],
+    ids=["sgd", "adamw", "auto_adam"],
 )
-GRADS = jax.grad(loss_fn)(WEIGHTS, DATA)
+def test_whole_steps_of_any_optimiser_stay_within(tx):
+    tx, params = trust_region(tx, mlp_loss, 1e-3), PARAMS
+    state = tx.init(params)
 
+    @jax.jit
+    def train(params, state):
+        grads = jax.grad(mlp_loss)(params, BATCH)
+        updates, state = tx.update(grads, state, params, batch=BATCH)
+        bent = optax.tree.vdot(updates, hvp(mlp_loss, params, PART, updates))
+        return optax.apply_updates(params, updates), state, jnp.abs(bent)
 
-def steps_of(tx, num=3):
-    """Updates of the same gradient at the same params."""
-    state, found = tx.init(WEIGHTS), []
-    update = jax.jit(lambda s: tx.update(GRADS, s, WEIGHTS, batch=DATA))
-    for _ in range(num):
-        updates, state = update(state)
-        found.append(updates["w"])
-    return found, state
-
-
-def bounded(radius, rate=0.5, **options):
-    region = TrustRegion(loss_fn, radius=radius)
-    return kfac(rate, FN, damping=1e-2, refresh_every=5, kl_clip=region, **options)
-
-
-def test_a_wide_region_is_kfac_without_a_clip():
-    free = kfac(0.5, FN, damping=1e-2, refresh_every=5, kl_clip=None, weight_decay=0.1)
-    found, state = steps_of(bounded(1e6, weight_decay=0.1))
-    jax.tree.map(np.testing.assert_array_equal, found, steps_of(free)[0])
-    assert optax.tree.get(state, "shortened_steps") == 0
-
-
-def test_momentum_keeps_what_the_step_kept():
-    """With u the divided gradient, t <- nu (0.9 t + u), each step at the radius."""
-    (u,), _ = steps_of(bounded(1e6, rate=1.0, momentum=None), num=1)
-    rate = optax.linear_schedule(0.5, 0.25, 2)
-    decay = {"weight_decay": 0.1}
-    found, state = steps_of(bounded(1e-4, rate=rate, **decay))
-    past = jnp.zeros_like(u)
-    region = TrustRegion(loss_fn, radius=1e-4)
-    for i, step in enumerate(found):
-        past = 0.9 * past - u
-        share = region.share({"w": -rate(i) * past}, WEIGHTS, DATA)
-        past = share * past
-        close(step, -rate(i) * (past + 0.1 * WEIGHTS["w"]))
-        moved = {"w": -rate(i) * past}
-        part = jax.tree.map(lambda x: x[::8], DATA)
-        close(length(moved, part, WEIGHTS, loss_fn), 1e-4)
-    assert optax.tree.get(state, "shortened_steps") == 3
+    before = mlp_loss(params, BATCH)
+    for _ in range(6):
+        params, state, bent = train(params, state)
+        assert bent <= 1.00001e-3
+    assert optax.tree.get(state, "clipped_steps") > 3
+    assert mlp_loss(params, BATCH) < before
 
 
 @pytest.mark.parametrize("preconditioned", [False, True])
-def test_under_a_learned_damping(preconditioned):
+def test_inside_a_learned_damping(preconditioned):
     """The learner asks the optimiser for products, which are no steps."""
     rule = StabilityFloor(preconditioned=preconditioned)
-    learner = DampingLearner(loss_fn, rule=rule)
-    tx = rmtdamp.auto_damping(bounded(1e-4), learner, learning_rate=0.5)
-    found, state = steps_of(tx)
-    part = jax.tree.map(lambda x: x[::8], DATA)
-    for step in found:
-        assert length({"w": step}, part, WEIGHTS, loss_fn) <= 1.00001e-4
-    assert optax.tree.get(state, "shortened_steps") > 0
-    free = rmtdamp.auto_damping(bounded(1e6), learner, learning_rate=0.5)
-    close(*(steps_of(x, num=1)[1].measured.damping for x in (tx, free)))
+    learner = DampingLearner(mlp_loss, rule=rule)
+    tx = rmtdamp.adam_shrinkage(0.5)
+    learned = lambda tx: rmtdamp.auto_damping(tx, learner, learning_rate=0.5)
+    grads = jax.grad(mlp_loss)(PARAMS, BATCH)
+    within = lambda tx, radius: trust_region(tx, mlp_loss, radius)
+    orders = (
+        learned(within(tx, 1e-3)),
+        within(learned(tx), 1e-3),
+        learned(within(tx, 1e6)),
+    )
+    found = [stepped(tx, grads) for tx in orders]
+    get = lambda state: optax.tree.get(state, "damping")
+    close(get(found[0][1]), get(found[2][1]))
+    close(get(found[1][1]), get(found[2][1]))
+    for step, state in found[:2]:
+        close(length(step), 1e-3)
+        assert optax.tree.get(state, "clipped_steps") == 1
 
 
 def test_a_radius_may_be_injected():
-    make = lambda radius: bounded(radius)
-    found, _ = steps_of(optax.inject_hyperparams(make)(radius=1e-4))
-    jax.tree.map(close, found, steps_of(bounded(1e-4))[0])
+    static = "inner", "loss_fn"
+    make = optax.inject_hyperparams(trust_region, static_args=static)
+    found = (clipped(f(optax.identity(), mlp_loss, 1e-4)) for f in (make, trust_region))
+    jax.tree.map(close, *found)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        (
+            {"inner": optax.sgd},
+            TypeError,
+            "inner is sgd, and no gradient tr",
+        ),
         ({"loss_fn": 0.1}, TypeError, "loss_fn is float: hand over a function"),
         ({"radius": 0.0}, ValueError, r"radius is 0.0, and must be above 0"),
         ({"num_microbatches": 0}, ValueError, "num_microbatches is 0, and must be a w"),
@@ -177,18 +231,12 @@ def test_a_radius_may_be_injected():
 )
 def test_bad_arguments_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
-        TrustRegion(**{"loss_fn": mlp_loss} | arguments)
-
-
-def test_a_loss_in_its_place_is_told_of_it():
-    with pytest.raises(TypeError, match=r"kl_clip is a function: .* TrustRegion\(loss"):
-        kfac(0.1, FN, kl_clip=loss_fn)
+        trust_region(**{"inner": optax.sgd(0.1), "loss_fn": mlp_loss} | arguments)
 
 
 @pytest.mark.parametrize("missing", ["params", "batch"])
 def test_a_step_needs_params_and_its_batch(missing):
-    region = TrustRegion(loss_fn)
-    tx = kfac(0.1, FN, damping=1e-2, refresh_every=None, kl_clip=region)
-    given = {"params": WEIGHTS, "batch": DATA, missing: None}
-    with pytest.raises(ValueError, match="a TrustRegion needs params and the batch"):
-        tx.update(GRADS, tx.init(WEIGHTS), **given)
+    tx = region()
+    given = {"params": PARAMS, "batch": BATCH, missing: None}
+    with pytest.raises(ValueError, match="trust_region needs params and the batch of"):
+        tx.update(STEP, tx.init(PARAMS), **given)

@@ -3,9 +3,9 @@
     python -m benchmarks.costs [SECTION...] [--quick] [--fresh] [--compare]
 
 Sections, all of them by default: steps, refreshes (of the damping); kfac; regions (what
-a trust region adds to it); kfac-jax (beside it, in an environment of its own:
-benchmarks/costs/peer.py); eigenbases (its eigendecompositions on one device each, over
-all on each of two); products, density (of Hessians); penalties (on their trace);
+a trust region adds to Adam and to it); kfac-jax (beside it, in an environment of its
+own: benchmarks/costs/peer.py); eigenbases (its eigendecompositions on one device each,
+over all on each of two); products, density (of Hessians); penalties (on their trace);
 vocabulary (a large one: its cross-entropy in chunks); precision (of measurements, by
 dtype: errors, not costs);
 first calls (compiling included); scaling (over devices: counts in compiled programs);
@@ -160,11 +160,12 @@ def kfac_steps(kind, batch_size, with_region=False, **options):
     measurer = rmtdamp.KroneckerMeasurer(factors_fn)
     every = None if kind == "cnn" else 10
     options |= {"damping": 1e-3, "refresh_every": every}
+    options |= {"kl_clip": None} if with_region else {}
+    tx = rmtdamp.kfac(1e-6, measurer, **options)
     if with_region:
         # What the model hands to its factors is nothing to this loss.
         whole = lambda params, batch, *loss_args: loss_fn(params, batch)
-        options["kl_clip"] = rmtdamp.TrustRegion(whole)
-    tx = rmtdamp.kfac(1e-6, measurer, **options)
+        tx = rmtdamp.trust_region(tx, whole)
 
     def refresh(count, state, params):
         if count % 10:
@@ -183,11 +184,17 @@ def kfac_row(effort, kind, batch_size, tikhonov="eigenvalues"):
     return over(effort, what, adam, ours, EVERY, 5)
 
 
-def region_row(effort, kind, batch_size):
-    """Steps of KFAC in a trust region over as many with its clip."""
-    both = (kfac_steps(kind, batch_size, with_region=x) for x in (False, True))
+def region_row(effort, what, kind, batch_size):
+    """Steps in a trust region over as many without."""
+    if what == "KFAC":
+        both = (kfac_steps(kind, batch_size, with_region=x) for x in (False, True))
+    else:
+        case, adam = problem(kind, batch_size), optax.adam(1e-6)
+        within = rmtdamp.trust_region(adam, case[0])
+        both = (Steps(tx, *case) for tx in (adam, within))
     num, pairs = (10, 3) if kind == "cnn" else (20, 9)
-    return over(effort, f"trust region, {kind} {batch_size}", *both, num, pairs)
+    what = f"trust region, {what}, {kind} {batch_size}"
+    return over(effort, what, *both, num, pairs)
 
 
 def kfac_jax_row(effort, batch_size):
@@ -571,6 +578,8 @@ DEVICES = (1, 2, 4, 8)
 DENSITIES = (("mlp", 1024, 4, 80), ("cnn", 16, 1, 10))  # batch size, probes, steps
 KFAC = [("mlp", n, *of) for n in (256, 4096) for of in ((), ("factored",))]
 KFAC += [("cnn", 128)]
+STEPPED = [("mlp", 256), ("mlp", 4096), ("cnn", 128)]
+REGIONS = [(what, *size) for what in ("Adam", "KFAC") for size in STEPPED]
 # Where there is an environment for it.
 PEER = [(n,) for n in (256, 4096)] if KFAC_JAX else []
 # Tokens, width, vocabulary, tokens in a chunk.
@@ -591,7 +600,7 @@ SECTIONS = {
     "steps": (step_row, [*STEPS, ("auto_damping by hand", "cnn", 128)]),
     "refreshes": (refresh_row, [*REFRESHED, ("eager", "cnn", 128)]),
     "kfac": (kfac_row, KFAC),
-    "regions": (region_row, [("mlp", 256), ("mlp", 4096), ("cnn", 128)]),
+    "regions": (region_row, REGIONS),
     "kfac-jax": (kfac_jax_row, PEER),
     "eigenbases": (eigenbases_row, [(k, 16, 2) for k in ("mlp", "transformer")]),
     "products": (product_row, PRODUCTS),

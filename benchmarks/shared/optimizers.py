@@ -55,7 +55,7 @@ class Method(NamedTuple):
     early: bool = False  # measure at steps 1, 2, 4, ... too, as in the library's step
     batch_statistics: bool = False  # the loss that is measured has BatchNorm's own
     kl_clip: float = 0.01  # KFAC's, of each step
-    region: bool = False  # in its place a bound of the whole step
+    region: bool = False  # a bound of the whole step, in place of KFAC's clip
 
 
 class Numbers(NamedTuple):
@@ -146,8 +146,7 @@ def _flat(rate, method, numbers, network):
 
 def _kfac(rate, method, numbers, network, **options):
     factors = factors_of(method, network)
-    region = rmtdamp.TrustRegion(network.train_loss) if method.region else None
-    options = {"kl_clip": region or method.kl_clip} | options
+    options = {"kl_clip": None if method.region else method.kl_clip} | options
     return rmtdamp.kfac(rate, factors, refresh_every=None, **options)
 
 
@@ -245,6 +244,8 @@ def transformation(method: Method, numbers: Numbers, network: Network):
             tx = rmtdamp.auto_damping(tx, learner, **given)
         else:
             tx = rmtdamp.set_damping(tx, numbers.damping)
+    if method.region:
+        tx = rmtdamp.trust_region(tx, network.train_loss)
     return optax.with_extra_args_support(tx)
 
 

@@ -122,8 +122,8 @@ class StabilityFloor:
 
     It does not see ahead. A deep network without normalisation, whose lambda_max grows
     tenfold and more in its first tens of steps, may be lost in them; a larger c helps,
-    and KFAC with a `rmtdamp.TrustRegion`, which looks at every step.
-    Of a network with BatchNorm lambda_max must be that of the loss in training mode
+    and `rmtdamp.trust_region`, which looks at every step. Of a network with BatchNorm
+    lambda_max must be that of the loss in training mode
     (`rmtdamp.flax.curvature_loss` knows it).
 
     Momentum that sums keeps steps that were divided with the damping of their own time,

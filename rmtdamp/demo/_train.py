@@ -21,9 +21,17 @@ from ._data import Dataset
 from ._unfinished import Unfinished
 
 FAST = "-fast"  # at the end of a method's name: at a hundred times the learning rate
-DEFAULT_METHODS = ("sgd", "adam", "auto-adam", "adam-fast", "auto-adam-fast")
+DEFAULT_METHODS = (
+    "sgd",
+    "adam",
+    "auto-adam",
+    "adam-fast",
+    "auto-adam-fast",
+    "adam-region-fast",
+)
 METHODS = (
     *DEFAULT_METHODS,
+    "adam-region",
     "adam-shrinkage",
     "auto-lanczos",
     "kfac",
@@ -146,6 +154,7 @@ def _optimiser(method, settings, sizes, total_steps):
             anneal(settings.sgd_learning_rate, total_steps), momentum=0.9
         ),
         "adam": lambda: optax.adam(rate),
+        "adam-region": lambda: rmtdamp.trust_region(optax.adam(rate), learner.loss_fn),
         "adam-shrinkage": lambda: rmtdamp.set_damping(
             rmtdamp.adam_shrinkage(rate, form=settings.form), settings.damping
         ),

@@ -63,6 +63,6 @@ from ._spectral_descent import (
     spectral_descent as spectral_descent,
 )
 from ._trust_region import (
-    TrustRegion as TrustRegion,
     TrustRegionState as TrustRegionState,
+    trust_region as trust_region,
 )

@@ -27,7 +27,6 @@ from rmtdamp.kronecker import (
 from ._kronecker import KroneckerMeasurer, KroneckerState
 from ._measurer import check_whole, refresh_in_step
 from ._optimiser import check_damping, damping_in_force, is_one, optimiser
-from ._trust_region import TrustRegion
 
 Tikhonov = Literal["eigenvalues", "factored"]
 
@@ -245,7 +244,7 @@ def kfac(
     damping: optax.ScalarOrSchedule | None = None,
     tikhonov: Tikhonov = "eigenvalues",
     refresh_every: int | None = 10,
-    kl_clip: jax.typing.ArrayLike | TrustRegion | None = 0.01,
+    kl_clip: jax.typing.ArrayLike | None = 0.01,
     momentum: jax.typing.ArrayLike | None = 0.9,
     nesterov: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.0,
@@ -257,9 +256,9 @@ def kfac(
     weight decay and the learning rate alpha. With u the divided gradient g, the clip
     shrinks the whole step to nu u, nu = min(1, sqrt(kl_clip / (alpha^2 sum u g))).
     That is each step, before momentum rho adds up 1 / (1 - rho) of them, in a curvature
-    that was measured some steps before. `kl_clip=TrustRegion(loss_fn)` bounds their sum
-    in the curvature that it meets: for deep networks without normalisation, whose first
-    steps can ruin them.
+    that was measured some steps before. `trust_region` around it, without the clip,
+    bounds their sum in the curvature that it meets: for deep networks without
+    normalisation, whose first steps can ruin them.
 
     To learn the damping put it inside `auto_damping`; without it and without
     `set_damping`, `damping` must be given.
@@ -272,8 +271,7 @@ def kfac(
         tikhonov: "eigenvalues" or "factored".
         refresh_every: steps between measurements; None for `rmtdamp.refresh` by hand.
         kl_clip: bound of the step's squared length in the damped curvature, in the unit
-            of the loss, nats of a cross-entropy; a `TrustRegion` to bound the whole
-            step in the Hessian of the loss instead; None for none.
+            of the loss, nats of a cross-entropy; None for none.
         momentum: decay of the sum of past steps; None for none.
         nesterov: Nesterov momentum.
         weight_decay: decoupled, multiplied by the learning rate, as in `optax.adamw`.
@@ -284,7 +282,7 @@ def kfac(
 
     Raises:
         ValueError: as `scale_by_kfac`.
-        TypeError: as `scale_by_kfac`; `kl_clip` is a function.
+        TypeError: as `scale_by_kfac`.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -322,15 +320,8 @@ def kfac(
     scaled = scale_by_kfac(
         measurer, damping=damping, tikhonov=tikhonov, refresh_every=refresh_every
     )
-    region = kl_clip if isinstance(kl_clip, TrustRegion) else None
-    if callable(kl_clip):
-        raise TypeError(
-            "kl_clip is a function: hand over a number, or TrustRegion(loss_fn) for a "
-            "bound in the curvature of that loss"
-        )
-    if kl_clip is not None and region is None:
-        bound = "above 0, a TrustRegion, or None for none"
-        check_range("kl_clip", kl_clip, lambda x: x > 0, bound)
+    check_range("kl_clip", kl_clip, lambda x: x > 0, "above 0, or None for none")
+    if kl_clip is not None:
         scaled = _clipped(scaled, learning_rate, kl_clip)
     return optimiser(
         scaled,
@@ -339,7 +330,6 @@ def kfac(
         nesterov=nesterov,
         weight_decay=weight_decay,
         mask=mask,
-        region=region,
     )
 
 

@@ -8,8 +8,6 @@ import optax
 
 from rmtdamp._checks import check_decays, check_range
 
-from ._trust_region import TrustRegion, within
-
 
 def by_learning_rate(
     learning_rate: optax.ScalarOrSchedule,
@@ -101,12 +99,11 @@ def optimiser(
     nesterov: bool,
     weight_decay: optax.ScalarOrSchedule,
     mask: Any,
-    region: TrustRegion | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`scaled`, heavy-ball momentum, decoupled weight decay, the learning rate.
 
     The decay comes after the momentum, so that weights shrink by learning rate times
-    decay in each step and no faster. A region bounds what momentum makes of the steps.
+    decay in each step and no faster.
 
     Returns:
         Their chain.
@@ -123,12 +120,9 @@ def optimiser(
         None if is_zero(momentum) else momentum,
         not is_zero(weight_decay),
     )
-    past = optax.identity() if momentum is None else optax.trace(momentum, nesterov)
-    steps = (scaled, past)
-    if region is not None:
-        steps = (within(region, scaled, past, learning_rate),)
     return optax.chain(
-        *steps,
+        scaled,
+        optax.identity() if momentum is None else optax.trace(momentum, nesterov),
         optax.add_decayed_weights(weight_decay, mask) if decays else optax.identity(),
         by_learning_rate(learning_rate),
     )

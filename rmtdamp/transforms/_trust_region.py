@@ -1,6 +1,5 @@
-"""How far one step may go, judged by the curvature of the loss along it."""
+"""How far one step of any optimiser may go, judged by the curvature along it."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -10,172 +9,156 @@ import optax
 from rmtdamp._checks import check_loss_args, check_mode, check_range
 from rmtdamp._sharding import regrouped
 from rmtdamp._tree import num_examples
-from rmtdamp._types import Batch, LossFn, Mode, Params
+from rmtdamp._types import LossFn, Mode
 from rmtdamp.hessian import quadratic_form
 
-from ._measurer import training_loss, with_numbers
+from ._measurer import training_loss
+
+FIRST_MOMENTS = "trace", "mu"  # what optax's states call them
 
 
 class TrustRegionState(NamedTuple):
-    """State of what is kept within a `TrustRegion`.
+    """State of `trust_region`.
 
     Example:
         >>> import jax.numpy as jnp, optax
         >>> import rmtdamp
-        >>> from rmtdamp.kronecker import ModelFactors, make_blocks
-        >>> params = {"w": jnp.zeros((2, 1))}
-        >>> def criterion(outputs, targets):
-        ...     return 0.5 * jnp.mean((outputs - targets) ** 2)
-        >>> factors_fn = ModelFactors(
-        ...     model_fn=lambda p, x, tape: tape.linear("dense", x, x @ p["w"]),
-        ...     criterion=criterion,
-        ...     blocks=make_blocks(params, {"dense": {"kernel": "w"}}),
-        ... )
-        >>> region = rmtdamp.TrustRegion(
-        ...     lambda p, batch: criterion(batch[0] @ p["w"], batch[1])
-        ... )
-        >>> tx = rmtdamp.kfac(0.1, factors_fn, damping=1e-3, kl_clip=region)
-        >>> print(optax.tree.get(tx.init(params), "shortened_steps"))
+        >>> def loss_fn(params, batch):
+        ...     return jnp.mean((batch @ params - 1.0) ** 2)
+        >>> tx = rmtdamp.trust_region(optax.adam(1e-3), loss_fn)
+        >>> print(optax.tree.get(tx.init(jnp.zeros(2)), "clipped_steps"))
         0
     """
 
-    num_steps: jax.Array  # (), int32, taken before
-    shortened_steps: jax.Array  # (), int32, of which were longer than the region
+    clipped_steps: jax.Array  # (), int32, that were longer than the region
     inner_state: Any
 
 
-@with_numbers("radius")
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrustRegion:
-    r"""A bound of what one step changes: |d^T H d| at most `radius`.
+def trust_region(
+    inner: optax.GradientTransformation,
+    loss_fn: LossFn,
+    radius: jax.typing.ArrayLike = 0.1,
+    *,
+    num_microbatches: int = 8,
+    mode: Mode = "forward-over-reverse",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Any optimiser, with a bound of what one of its steps changes.
 
-    d is the whole step that the params take, past steps and learning rate in it, weight
-    decay apart, and H the Hessian of the loss that is trained, on one microbatch of the
-    training batch. A longer step is cut to the share
+    d is the step that the params would take: learning rate, past steps and weight decay
+    in it. With H the Hessian of the loss that is trained, on one microbatch of the
+    training batch, a step whose |d^T H d| is above `radius` is cut to the share
 
-        nu = min(1, sqrt(radius / |d^T H d|))
+        nu = sqrt(radius / |d^T H d|)
 
-    of itself, and so is the sum of past steps that it came from: left as it was, it
-    would make the following steps as long. For a cross-entropy d^T H d is about twice
-    the KL divergence between the predictions before and after.
+    of itself, and so is the momentum that it came from: left as it was, it would make
+    the following steps as long. For a cross-entropy d^T H d is about twice the KL
+    divergence between the predictions before and after. So a learning rate that is too
+    large is not lost: the curvature along its steps says how long they may be.
 
-    A damping is what the curvature asks for that was measured last. A deep network
-    without normalisation, which begins on a plateau, leaves it with curvature that
-    grows a hundredfold within a few steps; this looks at the curvature of the step at
-    hand. It costs a second derivative of a microbatch's loss in each step, of KFAC on
-    an MLP and a CNN 5 to 12 % of its time.
+    A damping is what the curvature asked for when it was measured last. A deep network
+    without normalisation leaves the plateau on which it begins with curvature that
+    grows a hundredfold within a few steps; this looks at that of the step at hand. It
+    costs a second derivative of a microbatch's loss in each step.
 
     Args:
+        inner: an optimiser, its learning rate in it; `kfac(..., kl_clip=None)`, whose
+            clip bounds each gradient's part of a step alone. Momentum is what its state
+            calls `trace` or `mu`, as all of optax's do that have it under one name.
         loss_fn: `loss_fn(params, batch, *loss_args) -> scalar`, the mean loss, that of
             training where it knows one (`rmtdamp.flax.curvature_loss`).
         radius: in the unit of the loss. 0.1 suits a cross-entropy in nats: networks
             with BatchNorm take steps of 0.02 to 0.2, and the steps that ruined one
-            without it were above 0.3. Of another loss take a tenth of what it is at
+            without it were above 0.3. Of another loss take a twentieth of what it is at
             first.
         num_microbatches: that the training batch is cut into; one is looked at.
         mode: how the loss is differentiated, see `rmtdamp.hessian.quadratic_form`.
 
+    Returns:
+        A transformation whose `update` needs `params` and `batch=batch`, and hands both
+        on with all other extra arguments. A step whose d^T H d is NaN is left alone.
+
     Raises:
-        ValueError: a number out of its range, or an unknown mode.
-        TypeError: `loss_fn` is not callable.
+        ValueError: a number out of its range, or an unknown mode; in `update`, no
+            params or no batch.
+        TypeError: `inner` is no transformation, or `loss_fn` is not callable.
 
     Example:
-        >>> import jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp, optax
         >>> import rmtdamp
         >>> def loss_fn(params, batch):
-        ...     return jnp.mean((batch @ params) ** 2)
-        >>> region = rmtdamp.TrustRegion(loss_fn, radius=0.5)
-        >>> print(region.share(jnp.ones(2), jnp.zeros(2), 2 * jnp.eye(2)))
-        0.25
+        ...     return jnp.mean((batch @ params - 1.0) ** 2)
+        >>> tx = rmtdamp.trust_region(optax.sgd(10.0), loss_fn, num_microbatches=1)
+        >>> params, batch = jnp.zeros(4), jnp.eye(4)
+        >>> state = tx.init(params)
+        >>> grads = jax.grad(loss_fn)(params, batch)
+        >>> updates, state = tx.update(grads, state, params, batch=batch)
+        >>> print(updates.round(3), state.clipped_steps)
+        [0.224 0.224 0.224 0.224] 1
 
     References:
         Schulman et al., Trust region policy optimization, 2015, bound the same
         quadratic form of a natural gradient's step, with the Fisher matrix for H; Wu et
         al., Scalable trust-region method for deep reinforcement learning using
-        Kronecker-factored approximation, 2017, that of KFAC's own factors. These are
+        Kronecker-factored approximation, 2017, that of KFAC's own factors. Those are
         measured some steps before, and do not see what this is for.
     """
-
-    loss_fn: LossFn = dataclasses.field(kw_only=False)
-    radius: Any = 0.1
-    num_microbatches: int = 8
-    mode: Mode = "forward-over-reverse"
-
-    def __post_init__(self) -> None:
-        if not callable(self.loss_fn):
-            raise TypeError(
-                f"loss_fn is {type(self.loss_fn).__name__}: hand over a function "
-                "loss_fn(params, batch, *loss_args) that returns the mean loss"
-            )
-        check_range("radius", self.radius, lambda x: x > 0, "above 0")
-        whole = lambda n: n >= 1 and n % 1 == 0
-        bound = "a whole number of at least 1"
-        check_range("num_microbatches", self.num_microbatches, whole, bound)
-        check_mode(self.mode)
-
-    def share(
-        self, step: Params, params: Params, batch: Batch, loss_args: tuple = ()
-    ) -> jax.Array:
-        """Nu, the share of a step that stays within; 1 where d^T H d is NaN."""
-        count = num_examples(batch)
-        num = min(self.num_microbatches, count)
-        part = jax.tree.map(
-            lambda x: regrouped(x[: count - count % num], num)[:, 0], batch
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        name = getattr(inner, "__name__", type(inner).__name__)
+        raise TypeError(
+            f"inner is {name}, and no gradient transformation: "
+            "trust_region(optax.adam(1e-3), loss_fn)"
         )
-        length = quadratic_form(
-            training_loss(self.loss_fn),
-            params,
-            part,
-            step,
-            loss_args=loss_args,
-            precision=None,
-            mode=self.mode,
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn is {type(loss_fn).__name__}: hand over a function "
+            "loss_fn(params, batch, *loss_args) that returns the mean loss"
         )
-        length = jnp.abs(length)
-        radius = jnp.asarray(self.radius, length.dtype)
-        longer = length > radius
-        return jnp.where(longer, jnp.sqrt(radius / jnp.where(longer, length, 1)), 1)
-
-
-def within(
-    region: TrustRegion,
-    scaled: optax.GradientTransformation,
-    momentum: optax.GradientTransformation,
-    learning_rate: optax.ScalarOrSchedule,
-) -> optax.GradientTransformationExtraArgs:
-    """`scaled`, then `momentum`, whose steps stay in the region at this rate.
-
-    Returns:
-        A gradient transformation, before the learning rate.
-    """
-    inner: Any = optax.chain(scaled, momentum)
+    check_range("radius", radius, lambda x: x > 0, "above 0")
+    whole = lambda n: n >= 1 and n % 1 == 0
+    bound = "a whole number of at least 1"
+    check_range("num_microbatches", num_microbatches, whole, bound)
+    check_mode(mode)
+    loss, steps = training_loss(loss_fn), optax.with_extra_args_support(inner)
 
     def init(params):
-        zero = lambda: jnp.zeros((), jnp.int32)
-        return TrustRegionState(zero(), zero(), inner.init(params))
+        return TrustRegionState(jnp.zeros((), jnp.int32), steps.init(params))
+
+    def share(step, params, batch, loss_args):
+        """Nu, 1 within the region."""
+        count = num_examples(batch)
+        num = min(num_microbatches, count)
+        microbatch = jax.tree.map(
+            lambda x: regrouped(x[: count - count % num], num)[:, 0], batch
+        )
+        options = {"loss_args": loss_args, "precision": None, "mode": mode}
+        length = jnp.abs(quadratic_form(loss, params, microbatch, step, **options))
+        most = jnp.asarray(radius, length.dtype)
+        longer = length > most
+        return jnp.where(longer, jnp.sqrt(most / jnp.where(longer, length, 1)), 1)
 
     def update(updates, state, params=None, **extra_args):
-        new, after = inner.update(updates, state.inner_state, params, **extra_args)
+        step, after = steps.update(updates, state.inner_state, params, **extra_args)
         if "curvature_power" in extra_args:  # a product is asked for, not a step
-            return new, state
+            return step, state
         batch, loss_args = extra_args.get("batch"), extra_args.get("loss_args", ())
         if batch is None or params is None:
             raise ValueError(
-                "a TrustRegion needs params and the batch of the step: "
+                "trust_region needs params and the batch of the step: "
                 "tx.update(grads, state, params, batch=batch)"
             )
         check_loss_args(loss_args)
-        alpha = learning_rate
-        alpha = jnp.asarray(alpha(state.num_steps) if callable(alpha) else alpha)
-        step = jax.tree.map(lambda u: alpha.astype(u.dtype) * u, new)
-        share = region.share(step, params, batch, loss_args)
-        shorten = lambda x: jax.tree.map(lambda u: u * share.astype(u.dtype), x)
-        first, past = after
-        state = TrustRegionState(
-            state.num_steps + 1,
-            state.shortened_steps + (share < 1).astype(jnp.int32),
-            (first, shorten(past)),
-        )
-        return shorten(new), state
+        nu = share(step, params, batch, loss_args)
+        cut = lambda tree: jax.tree.map(lambda x: x * nu.astype(x.dtype), tree)
+        clipped = state.clipped_steps + (nu < 1).astype(jnp.int32)
+        return cut(step), TrustRegionState(clipped, _with_momentum(cut, after))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _with_momentum(cut, state):
+    """An optimiser's state with its momentum cut."""
+    held = lambda x: [n for n in FIRST_MOMENTS if n in getattr(x, "_fields", ())]
+    change = lambda x: x._replace(**{n: cut(getattr(x, n)) for n in held(x)})
+    return jax.tree.map(
+        lambda x: change(x) if held(x) else x, state, is_leaf=lambda x: bool(held(x))
+    )

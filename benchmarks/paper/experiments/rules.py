@@ -111,6 +111,12 @@ PEERS = {
         1e-8,
     ),
 }
+# Optimisers that are tried with a trust region and without; SGD's rates are larger.
+SGD_RATES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+IN_REGION = {"SGD": "SGD", "Muon": "Muon", ADAM: "Adam"}
+COLOURS = {name: f"C{i}" for i, name in enumerate(IN_REGION.values())}
+PAIRED = {name: f"{colour}--" for name, colour in COLOURS.items()}
+PAIRED |= {name + REGION: f"{colour}o-" for name, colour in COLOURS.items()}
 loss = functools.partial(ends, name="best_loss")
 
 
@@ -210,6 +216,31 @@ def _adam_held_out_runs():
     return _adam_and_its_rule(HELD_OUT_TASKS, SEEDS)
 
 
+def _region_runs(tasks):
+    """Small networks: three optimisers."""
+    named = {_name(*method): method for method in _methods("adam")}
+    runs = []
+    for name in IN_REGION:
+        rates = SGD_RATES if name == "SGD" else RATES
+        runs += _all(tasks.values(), _with_and_without(named[name]), rates)
+    return runs
+
+
+def _with_and_without(of):
+    method, damping = of
+    return [of, (method | {"region": True}, damping)]
+
+
+def _region_deep_runs():
+    """Adam on deep networks and on text, and KFAC where it was lost without."""
+    both = _with_and_without(({"optimizer": "adam", "early": True}, FLAT["adam"][0]))
+    plain, *_ = DEEP.values()
+    kfac = _kfac_methods([KFAC], region=True)
+    runs = _all(TEXT.values(), both, seeds=range(4))
+    runs += _all((DEEP | LONG).values(), both, WIDER, range(5))
+    return runs + _all([plain], kfac, seeds=range(5))
+
+
 def _of_lanczos(tasks, flat, rules):
     """Three seeds: a step takes twenty products."""
     base = {"optimizer": "subspace", "early": True}
@@ -250,21 +281,28 @@ def with_chosen(rows):
 
 
 def _name(method: Row, damping: float) -> str:
+    region = REGION if method.get("region") else ""
+    method = {k: v for k, v in method.items() if k != "region"}
     for name, peer in PEERS.items():
         if (method, damping) == peer:
-            return name
+            return name + region
     rule = method.get("rule", "").replace("identity", "eq. 15")
     rule += ", each layer" if method.get("layers") else ""
     name = rule or f"flat {damping:g}"
     name += f", {SHORT}" if "kl_clip" in method else ""
-    name += REGION if method.get("region") else ""
-    return name + (BATCH if method.get("batch_statistics") else "")
+    return name + region + (BATCH if method.get("batch_statistics") else "")
 
 
 def _heads(row):
     tasks = TASKS | HELD_OUT_TASKS | TEXT | DEEP | LONG
     task = next(k for k, (of, _) in tasks.items() if of == row["task"])
     return {"task": task, "damping": _name(row["method"], row["damping"])}
+
+
+def _region_heads(row):
+    heads = _heads(row)
+    name = heads.pop("damping").replace(KFAC, "KFAC, floor")
+    return heads | {"optimiser": name.replace(ADAM, IN_REGION[ADAM])}
 
 
 def _at_rates(rows) -> dict[float, list[Row]]:
@@ -478,13 +516,35 @@ def _text_checks(found, ours="aware floor"):
     return [_below_all(found, ours, [ADAM]), *best, *costs]
 
 
-def _panels(rows):
+def _region_checks(found):
+    """Each optimiser against itself."""
+    names = {name for _, name in found}
+    for name in (name for name in IN_REGION.values() if name in names):
+        pair = {k: of for k, of in found.items() if k[1] in (name, name + REGION)}
+        ours, theirs = (
+            sum(near(pair, key) for key in pair if key[1] == of)
+            for of in (name + REGION, name)
+        )
+        text = f"{name}: good rates in the region over those without, at least 1.5"
+        ratio = ours / max(theirs, 1)
+        yield Check(text, ratio, None, ratio >= 1.5)
+        yield from _at_best(pair, name + REGION, [name], 0.01, "its best without")
+
+
+def _region_deep_checks(found):
+    deep = {k: of for k, of in found.items() if k[0] in DEEP}
+    names = dict.fromkeys(name for _, name in deep if REGION in name)
+    trained = [_trains(deep, name, 0.7) for name in names]  # 0.8 is chance
+    return [*trained, *_region_checks(found)]
+
+
+def _panels(rows, heads=_heads):
     """A task each: the test loss against the rate, up to twice the best.
 
     Yields:
         Panels; of KFAC's methods with those that answer which to take.
     """
-    found = by(rows, lambda row: tuple(_heads(row).values()))
+    found = by(rows, lambda row: tuple(heads(row).values()))
     for task in _tasks(found):
         lines = []
         shown = {n: of for (t, n), of in found.items() if t == task}
@@ -494,6 +554,7 @@ def _panels(rows):
             rates = _at_rates(of)
             y = [mean(loss(some)) for some in rates.values()]
             style = "--" if name.startswith("flat") else ":" if name in PEERS else "o-"
+            style = PAIRED.get(name, style) if heads is _region_heads else style
             lines.append(report.Line(name, list(rates), y, style))
         best = min(min(line.y) for line in lines)
         settings = {"xscale": "log", "xlabel": "learning rate", "title": task}
@@ -513,5 +574,17 @@ EXPERIMENTS = [
         ("rules_long", _long_runs, _text_checks),
         ("rules_lanczos", _lanczos_runs, _lanczos_checks),
         ("rules_lanczos_held_out", _held_out_runs, _lanczos_checks),
+    )
+]
+EXPERIMENTS += [
+    Experiment(name, runs, _region_heads, _line, checks, [picture], each=with_chosen)
+    for picture in [functools.partial(_panels, heads=_region_heads)]
+    for name, runs, checks in (
+        ("rules_region", functools.partial(_region_runs, TASKS), _region_checks),
+        (
+            "rules_region_held_out",
+            functools.partial(_region_runs, HELD_OUT_TASKS),
+            _region_checks,
+        ),
     )
 ]
