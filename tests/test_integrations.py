@@ -334,6 +334,32 @@ def test_optax_inject_hyperparams():
         bare.init(PARAMS)  # optax itself: it takes a function for a schedule
 
 
+def test_trust_region():
+    """Around a learner and inside it, and in what hands params and batch on."""
+    tx = rmtdamp.trust_region(optax.adamw(0.05), loss_fn)
+    params, _ = trained(tx)
+    close(params, trained(optax.MultiSteps(tx, 2), 8)[0])
+    close(params, trained(optax.apply_if_finite(tx, 3))[0])
+    # Wide enough to cut nothing.
+    wide = lambda tx: rmtdamp.trust_region(tx, loss_fn, radius=1e6)
+    close(trained(wide(auto))[0], expected()[0])
+    inside = rmtdamp.auto_damping(wide(adam), learner, refresh_every=2)
+    close(trained(inside)[0], expected()[0])
+    narrow = functools.partial(rmtdamp.trust_region, loss_fn=loss_fn, radius=1e-6)
+    parts = {True: optax.adam(0.05), False: optax.sgd(0.05)}
+    for tx in (
+        narrow(optax.partition(parts, KERNELS)),
+        optax.contrib.schedule_free(narrow(optax.sgd(0.05)), 0.05, b1=0.9),
+        narrow(optax.contrib.schedule_free(optax.sgd(0.05), 0.05, b1=0.9)),
+        narrow(optax.contrib.muon(0.05)),
+    ):
+        params, state = trained(tx)
+        assert get(state, "clipped_steps") == 4
+        assert loss_fn(params, batch) < loss_fn(PARAMS, batch)
+    with pytest.raises(ValueError, match="trust_region got params with holes"):
+        optax.masked(narrow(optax.sgd(0.05)), KERNELS).init(PARAMS)
+
+
 def test_optax_contrib_schedule_free():
     """Around and inside: the curvature is that of the params in training, y."""
     rate = 0.05

@@ -209,10 +209,17 @@ def test_inside_a_learned_damping(preconditioned):
 
 
 def test_a_radius_may_be_injected():
-    static = "inner", "loss_fn"
+    static = "inner", "loss_fn", "num_microbatches"
     make = optax.inject_hyperparams(trust_region, static_args=static)
-    found = (clipped(f(optax.identity(), mlp_loss, 1e-4)) for f in (make, trust_region))
-    jax.tree.map(close, *found)
+
+    @jax.jit
+    def found(tx):
+        return clipped(tx(optax.identity(), mlp_loss, 1e-4))
+
+    jax.tree.map(close, *map(found, map(jax.tree_util.Partial, (make, trust_region))))
+    make = optax.inject_hyperparams(trust_region, static_args=static[:2])
+    with pytest.raises(ValueError, match="name it in static_args of optax.inject_hyp"):
+        clipped(make(optax.identity(), mlp_loss, 1e-4))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +232,7 @@ def test_a_radius_may_be_injected():
         ),
         ({"loss_fn": 0.1}, TypeError, "loss_fn is float: hand over a function"),
         ({"radius": 0.0}, ValueError, r"radius is 0.0, and must be above 0"),
-        ({"num_microbatches": 0}, ValueError, "num_microbatches is 0, and must be a w"),
+        ({"num_microbatches": 0}, ValueError, "num_microbatches is 0: take a whole num"),
         ({"mode": "forward"}, ValueError, "mode is 'forward': choose from"),
     ],
 )

@@ -164,7 +164,7 @@ def check_whole(params: Params, name: str) -> None:
     if any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
         raise ValueError(
             f"{name} got params with holes, as inside optax.masked or optax.partition, "
-            "where the loss cannot be evaluated: put the mask inside, "
+            "where the loss cannot be evaluated: put the mask inside, as in "
             "auto_damping(optax.masked(inner, mask), ...); KFAC and Lanczos-Newton, "
             "which have nothing inside, take the part that they train for their params "
             "and the rest through loss_args (wrt= in rmtdamp.flax), with an optimiser "

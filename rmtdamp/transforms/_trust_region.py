@@ -12,7 +12,7 @@ from rmtdamp._tree import num_examples
 from rmtdamp._types import LossFn, Mode
 from rmtdamp.hessian import quadratic_form
 
-from ._measurer import training_loss
+from ._measurer import check_whole, training_loss
 
 FIRST_MOMENTS = "trace", "mu"  # what optax's states call them
 
@@ -78,8 +78,8 @@ def trust_region(
         on with all other extra arguments. A step whose d^T H d is NaN is left alone.
 
     Raises:
-        ValueError: a number out of its range, or an unknown mode; in `update`, no
-            params or no batch.
+        ValueError: a number out of its range, or an unknown mode; params with holes,
+            as inside `optax.masked`; in `update`, no params or no batch.
         TypeError: `inner` is no transformation, or `loss_fn` is not callable.
 
     Example:
@@ -114,13 +114,17 @@ def trust_region(
             "loss_fn(params, batch, *loss_args) that returns the mean loss"
         )
     check_range("radius", radius, lambda x: x > 0, "above 0")
-    whole = lambda n: n >= 1 and n % 1 == 0
-    bound = "a whole number of at least 1"
-    check_range("num_microbatches", num_microbatches, whole, bound)
+    if not isinstance(num_microbatches, int) or num_microbatches < 1:
+        raise ValueError(
+            f"num_microbatches is {num_microbatches}: take a whole number of at least "
+            "1 (and name it in static_args of optax.inject_hyperparams: shapes depend "
+            "on it)"
+        )
     check_mode(mode)
     loss, steps = training_loss(loss_fn), optax.with_extra_args_support(inner)
 
     def init(params):
+        check_whole(params, "trust_region")
         return TrustRegionState(jnp.zeros((), jnp.int32), steps.init(params))
 
     def share(step, params, batch, loss_args):
