@@ -50,6 +50,10 @@ def test_what_is_cut_ends_at_the_radius_and_keeps_its_direction(sign):
     close(length(step), radius)
     assert count == 1
     jax.tree.map(lambda new, old: close(new, 0.3**0.5 * old), step, STEP)
+    tx = region(loss_fn)
+    assert jnp.isnan(optax.tree.get(tx.init(PARAMS), "step_curvature"))
+    _, state = tx.update(STEP, tx.init(PARAMS), PARAMS, batch=BATCH)
+    close(state.step_curvature, optax.tree.vdot(STEP, hvp(loss_fn, PARAMS, PART, STEP)))
     step, count = clipped(region(loss_fn, 3.5 * radius))
     jax.tree.map(np.testing.assert_array_equal, step, STEP)
     assert count == 0
@@ -218,7 +222,7 @@ def test_a_radius_may_be_injected():
 
     jax.tree.map(close, *map(found, map(jax.tree_util.Partial, (make, trust_region))))
     make = optax.inject_hyperparams(trust_region, static_args=static[:2])
-    with pytest.raises(ValueError, match="name it in static_args of optax.inject_hyp"):
+    with pytest.raises(ValueError, match=r"name it in static_args of optax\.inject"):
         clipped(make(optax.identity(), mlp_loss, 1e-4))
 
 
@@ -232,7 +236,11 @@ def test_a_radius_may_be_injected():
         ),
         ({"loss_fn": 0.1}, TypeError, "loss_fn is float: hand over a function"),
         ({"radius": 0.0}, ValueError, r"radius is 0.0, and must be above 0"),
-        ({"num_microbatches": 0}, ValueError, "num_microbatches is 0: take a whole num"),
+        (
+            {"num_microbatches": 0},
+            ValueError,
+            "num_microbatches is 0: take a whole n",
+        ),
         ({"mode": "forward"}, ValueError, "mode is 'forward': choose from"),
     ],
 )

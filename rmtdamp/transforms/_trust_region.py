@@ -8,7 +8,7 @@ import optax
 
 from rmtdamp._checks import check_loss_args, check_mode, check_range
 from rmtdamp._sharding import regrouped
-from rmtdamp._tree import num_examples
+from rmtdamp._tree import accumulation_dtype, num_examples
 from rmtdamp._types import LossFn, Mode
 from rmtdamp.hessian import quadratic_form
 
@@ -31,6 +31,7 @@ class TrustRegionState(NamedTuple):
     """
 
     clipped_steps: jax.Array  # (), int32, that were longer than the region
+    step_curvature: jax.Array  # (), d^T H d of the last step, uncut; NaN before one
     inner_state: Any
 
 
@@ -75,7 +76,9 @@ def trust_region(
 
     Returns:
         A transformation whose `update` needs `params` and `batch=batch`, and hands both
-        on with all other extra arguments. A step whose d^T H d is NaN is left alone.
+        on with all other extra arguments. A step whose d^T H d is NaN is left alone. Of
+        the last step d^T H d, before the cut, is "step_curvature" in the state: look at
+        it where the loss falls well to choose a radius, some times as large.
 
     Raises:
         ValueError: a number out of its range, or an unknown mode; params with holes,
@@ -125,20 +128,18 @@ def trust_region(
 
     def init(params):
         check_whole(params, "trust_region")
-        return TrustRegionState(jnp.zeros((), jnp.int32), steps.init(params))
+        unknown = jnp.full((), jnp.nan, accumulation_dtype(params))
+        return TrustRegionState(jnp.zeros((), jnp.int32), unknown, steps.init(params))
 
-    def share(step, params, batch, loss_args):
-        """Nu, 1 within the region."""
+    def along(step, params, batch, loss_args):
+        """d^T H d of a microbatch."""
         count = num_examples(batch)
         num = min(num_microbatches, count)
         microbatch = jax.tree.map(
             lambda x: regrouped(x[: count - count % num], num)[:, 0], batch
         )
         options = {"loss_args": loss_args, "precision": None, "mode": mode}
-        length = jnp.abs(quadratic_form(loss, params, microbatch, step, **options))
-        most = jnp.asarray(radius, length.dtype)
-        longer = length > most
-        return jnp.where(longer, jnp.sqrt(most / jnp.where(longer, length, 1)), 1)
+        return quadratic_form(loss, params, microbatch, step, **options)
 
     def update(updates, state, params=None, **extra_args):
         step, after = steps.update(updates, state.inner_state, params, **extra_args)
@@ -151,10 +152,14 @@ def trust_region(
                 "tx.update(grads, state, params, batch=batch)"
             )
         check_loss_args(loss_args)
-        nu = share(step, params, batch, loss_args)
+        bent = along(step, params, batch, loss_args)
+        bent = bent.astype(state.step_curvature.dtype)
+        length, most = jnp.abs(bent), jnp.asarray(radius, bent.dtype)
+        longer = length > most
+        nu = jnp.where(longer, jnp.sqrt(most / jnp.where(longer, length, 1)), 1)
         cut = lambda tree: jax.tree.map(lambda x: x * nu.astype(x.dtype), tree)
-        clipped = state.clipped_steps + (nu < 1).astype(jnp.int32)
-        return cut(step), TrustRegionState(clipped, _with_momentum(cut, after))
+        clipped = state.clipped_steps + longer.astype(jnp.int32)
+        return cut(step), TrustRegionState(clipped, bent, _with_momentum(cut, after))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
