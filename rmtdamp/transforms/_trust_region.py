@@ -59,7 +59,9 @@ def trust_region(
     A damping is what the curvature asked for when it was measured last. A deep network
     without normalisation leaves the plateau on which it begins with curvature that
     grows a hundredfold within a few steps; this looks at that of the step at hand. It
-    costs a second derivative of a microbatch's loss in each step.
+    costs a second derivative of a microbatch's loss in each step: of KFAC 5 to 14 % of
+    the time of an MLP and a CNN, of Adam 11 to 28 % of an MLP's, less with more
+    `num_microbatches`.
 
     Args:
         inner: an optimiser, its learning rate in it; `kfac(..., kl_clip=None)`, whose
@@ -142,16 +144,17 @@ def trust_region(
         return quadratic_form(loss, params, microbatch, step, **options)
 
     def update(updates, state, params=None, **extra_args):
-        step, after = steps.update(updates, state.inner_state, params, **extra_args)
-        if "curvature_power" in extra_args:  # a product is asked for, not a step
-            return step, state
         batch, loss_args = extra_args.get("batch"), extra_args.get("loss_args", ())
-        if batch is None or params is None:
+        is_product = "curvature_power" in extra_args  # of the preconditioner, no step
+        if not is_product and (batch is None or params is None):
             raise ValueError(
                 "trust_region needs params and the batch of the step: "
                 "tx.update(grads, state, params, batch=batch)"
             )
         check_loss_args(loss_args)
+        step, after = steps.update(updates, state.inner_state, params, **extra_args)
+        if is_product:
+            return step, state
         bent = along(step, params, batch, loss_args)
         bent = bent.astype(state.step_curvature.dtype)
         length, most = jnp.abs(bent), jnp.asarray(radius, bent.dtype)

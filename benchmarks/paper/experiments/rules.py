@@ -114,9 +114,6 @@ PEERS = {
 # Optimisers that are tried with a trust region and without; SGD's rates are larger.
 SGD_RATES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 IN_REGION = {"SGD": "SGD", "Muon": "Muon", ADAM: "Adam"}
-COLOURS = {name: f"C{i}" for i, name in enumerate(IN_REGION.values())}
-PAIRED = {name: f"{colour}--" for name, colour in COLOURS.items()}
-PAIRED |= {name + REGION: f"{colour}o-" for name, colour in COLOURS.items()}
 loss = functools.partial(ends, name="best_loss")
 
 
@@ -237,7 +234,7 @@ def _region_deep_runs():
     plain, *_ = DEEP.values()
     kfac = _kfac_methods([KFAC], region=True)
     runs = _all(TEXT.values(), both, seeds=range(4))
-    runs += _all((DEEP | LONG).values(), both, WIDER, range(5))
+    runs += _all(DEEP.values(), both, WIDER, range(5))
     return runs + _all([plain], kfac, seeds=range(5))
 
 
@@ -554,7 +551,8 @@ def _panels(rows, heads=_heads):
             rates = _at_rates(of)
             y = [mean(loss(some)) for some in rates.values()]
             style = "--" if name.startswith("flat") else ":" if name in PEERS else "o-"
-            style = PAIRED.get(name, style) if heads is _region_heads else style
+            if heads is _region_heads:
+                style = "o-" if REGION in name else "--"
             lines.append(report.Line(name, list(rates), y, style))
         best = min(min(line.y) for line in lines)
         settings = {"xscale": "log", "xlabel": "learning rate", "title": task}
@@ -586,5 +584,6 @@ EXPERIMENTS += [
             functools.partial(_region_runs, HELD_OUT_TASKS),
             _region_checks,
         ),
+        ("rules_region_deep", _region_deep_runs, _region_deep_checks),
     )
 ]
