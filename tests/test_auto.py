@@ -517,6 +517,22 @@ def test_bad_values(call, message):
         call()
 
 
+@pytest.mark.parametrize(
+    "tx",
+    [
+        auto_adam(1e-3, mlp_loss),
+        rmtdamp.lanczos_newton(1e-3, mlp_loss),
+        rmtdamp.trust_region(optax.adam(1e-3), mlp_loss),
+    ],
+    ids=["auto_adam", "lanczos_newton", "trust_region"],
+)
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64])
+def test_params_without_a_hessian_are_refused_at_once(tx, dtype):
+    with pytest.raises(TypeError, match=r"params\['w'\] is .* a real floating dtype"):
+        tx.init({"w": jnp.ones(3, dtype)})
+    tx.init({})  # an optimiser of nothing, as in optax
+
+
 def test_holes_at_update_are_refused_too():
     state = owned().init(PARAMS)
     holes = [{"kernel": PARAMS[0]["kernel"], "bias": optax.MaskedNode()}]

@@ -643,7 +643,9 @@ def test_a_transformation_without_products_is_told_apart():
         auto_damping(factory, learner_of(AWARE), learning_rate=0.1).init(PARAMS)
     plain = auto_damping(factory, learner_of(FLOOR), learning_rate=0.1)
     assert get(plain.init(PARAMS), "damping") == 0
-    for bare in (optax.adam(1e-3), optax.sgd(1e-3)):  # no damping comes first
+    sgd = optax.sgd(1e-3)
+    within = rmtdamp.trust_region(sgd, mlp_loss)  # whose step cannot be traced in init
+    for bare in (optax.adam(1e-3), sgd, within):  # no damping comes first
         with pytest.raises(ValueError, match=r"inside ignores `damping`.*sgd, lion"):
             auto_damping(bare, learner_of(AWARE), learning_rate=0.1).init(PARAMS)
 

@@ -141,8 +141,37 @@ def test_momentum_is_cut_with_its_step(tx, momentum, rest):
         jax.tree.map(np.testing.assert_array_equal, get(within, name), get(state, name))
 
 
+@pytest.mark.parametrize(
+    ("tx", "cut", "kept"),
+    [
+        (optax.contrib.ademamix(0.3), ("m1", "m2"), ("nu",)),
+        (optax.contrib.simplified_ademamix(0.3), ("m",), ("n",)),
+        (optax.adan(0.3), ("m", "v"), ("n",)),
+        (optax.sm3(0.3, 0.9), ("nu",), ("mu",)),
+        (optax.adafactor(0.3, momentum=0.9), ("ema",), ("v",)),
+        (optax.rmsprop(3.0, centered=True, momentum=0.9), ("trace",), ("mu", "nu")),
+    ],
+    ids=["ademamix", "simplified_ademamix", "adan", "sm3", "adafactor", "rmsprop"],
+)
+def test_momentum_by_other_names(tx, cut, kept):
+    """Where optax calls it otherwise, or something else `mu`."""
+    _, state = stepped(tx, BIG)
+    _, within = stepped(trust_region(tx, mlp_loss, 1e-4), BIG)
+    assert optax.tree.get(within, "clipped_steps") == 1
+    get = lambda state, name: next(
+        x for path, x in optax.tree.get_all_with_path(state, name)
+    )
+    for name in cut:
+        pairs = zip(
+            *(jax.tree.leaves(get(x, name)) for x in (within, state)), strict=True
+        )
+        assert all(jnp.all(jnp.abs(x) <= 0.9 * jnp.abs(y)) for x, y in pairs)
+    for name in kept:
+        jax.tree.map(np.testing.assert_array_equal, get(within, name), get(state, name))
+
+
 def test_params_may_be_called_mu():
-    """Only a state's own first moments are cut."""
+    """Only a state's own momentum is cut."""
 
     class Gaussian(NamedTuple):
         mu: jax.Array

@@ -4,6 +4,7 @@ Each keeps the damping in its state and hands it to the transformation inside it
 extra arguments `damping` and `damping_target` of `update`. There is one in a chain.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -143,14 +144,16 @@ def _traced(argument, inner, state, params):
         It, its outputs beginning with the updates; None where it cannot be traced.
     """
 
-    def update(value, *rest):
-        given = {"damping": jnp.ones(()), "damping_target": jnp.ones(())}
+    def update(value, *rest, **given):
+        given |= {"damping": jnp.ones(()), "damping_target": jnp.ones(())}
         return inner.update(*rest, **given | {argument: value})
 
-    try:
-        return jax.make_jaxpr(update)(jnp.zeros(()), params, state, params).jaxpr
-    except Exception:  # one that needs more arguments, or `init` with placeholders
-        return None
+    # A product of the preconditioner needs no batch where a step does.
+    for given in ({}, {"curvature_power": -1}):
+        with contextlib.suppress(Exception):  # more arguments, or placeholders
+            traced = jax.make_jaxpr(functools.partial(update, **given))
+            return traced(jnp.zeros(()), params, state, params).jaxpr
+    return None
 
 
 def _may_use(traced, params) -> bool:

@@ -155,10 +155,11 @@ def is_due(
 
 
 def check_whole(params: Params, name: str) -> None:
-    """Refuse params with the holes that a mask leaves.
+    """Refuse params with the holes that a mask leaves, and those without a Hessian.
 
     Raises:
-        ValueError: there is a hole.
+        ValueError: there is a hole, or arrays without an element.
+        TypeError: an array is not of a real floating dtype.
     """
     is_hole = lambda x: isinstance(x, optax.MaskedNode)
     if any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
@@ -170,6 +171,10 @@ def check_whole(params: Params, name: str) -> None:
             "and the rest through loss_args (wrt= in rmtdamp.flax), with an optimiser "
             "of its own for the rest"
         )
+    leaves = jax.tree.leaves(params)
+    # Optax has optimisers of nothing, and calls `init` with placeholders.
+    if leaves and all(hasattr(x, "dtype") for x in leaves):
+        check_params(params)
 
 
 def _context(

@@ -14,7 +14,15 @@ from rmtdamp.hessian import quadratic_form
 
 from ._measurer import check_whole, training_loss
 
-FIRST_MOMENTS = "trace", "mu"  # what optax's states call them
+# What optax's states call the momentum. Elsewhere than in these it is `trace` or `mu`.
+MOMENTUM = {
+    "EmaState": ("ema",),
+    "ScaleByAdanState": ("m", "v"),
+    "ScaleByAdemamixState": ("m1", "m2"),
+    "ScaleBySimplifiedAdEMAMixState": ("m",),
+    "ScaleBySM3State": ("nu",),  # whose mu is of squares
+    "ScaleByRStdDevState": (),  # whose mu is subtracted from nu, for a variance
+}
 
 
 class TrustRegionState(NamedTuple):
@@ -66,7 +74,9 @@ def trust_region(
     Args:
         inner: an optimiser, its learning rate in it; `kfac(..., kl_clip=None)`, whose
             clip bounds each gradient's part of a step alone. Momentum is what its state
-            calls `trace` or `mu`, as all of optax's do that have it under one name.
+            calls `trace` or `mu`, and what optax calls otherwise in Adan, AdEMAMix, SM3
+            and `optax.ema`. Where it has another name (Prodigy, MoMo) the step alone is
+            cut, which takes a `radius` some times smaller.
         loss_fn: `loss_fn(params, batch, *loss_args) -> scalar`, the mean loss, that of
             training where it knows one (`rmtdamp.flax.curvature_loss`).
         radius: in the unit of the loss. 0.1 suits a cross-entropy in nats: networks
@@ -169,7 +179,11 @@ def trust_region(
 
 def _with_momentum(cut, state):
     """An optimiser's state with its momentum cut."""
-    held = lambda x: [n for n in FIRST_MOMENTS if n in getattr(x, "_fields", ())]
+    held = lambda x: [
+        name
+        for name in MOMENTUM.get(type(x).__name__, ("trace", "mu"))
+        if name in getattr(x, "_fields", ())
+    ]
     change = lambda x: x._replace(**{n: cut(getattr(x, n)) for n in held(x)})
     return jax.tree.map(
         lambda x: change(x) if held(x) else x, state, is_leaf=lambda x: bool(held(x))
