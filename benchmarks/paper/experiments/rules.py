@@ -113,7 +113,7 @@ PEERS = {
 }
 # Optimisers that are tried with a trust region and without; SGD's rates are larger.
 SGD_RATES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-IN_REGION = {"SGD": "SGD", "Muon": "Muon", ADAM: "Adam"}
+IN_REGION = {"SGD": "SGD", "Muon": "Muon", ADAM: "Adam", "aware floor": "auto_adam"}
 loss = functools.partial(ends, name="best_loss")
 
 
@@ -214,7 +214,7 @@ def _adam_held_out_runs():
 
 
 def _region_runs(tasks):
-    """Small networks: three optimisers."""
+    """Small networks: four optimisers."""
     named = {_name(*method): method for method in _methods("adam")}
     runs = []
     for name in IN_REGION:
@@ -230,10 +230,12 @@ def _with_and_without(of):
 
 def _region_deep_runs():
     """Adam on deep networks and on text, and KFAC where it was lost without."""
-    both = _with_and_without(({"optimizer": "adam", "early": True}, FLAT["adam"][0]))
+    named = {_name(*method): method for method in _methods("adam")}
+    both, learned = (_with_and_without(named[name]) for name in (ADAM, "aware floor"))
     plain, *_ = DEEP.values()
     kfac = _kfac_methods([KFAC], region=True)
-    runs = _all(TEXT.values(), both, seeds=range(4))
+    runs = _all(TEXT.values(), both + learned, seeds=range(4))
+    runs += _all(LONG.values(), both + learned, seeds=range(3))
     runs += _all(DEEP.values(), both, WIDER, range(5))
     return runs + _all([plain], kfac, seeds=range(5))
 
@@ -299,7 +301,9 @@ def _heads(row):
 def _region_heads(row):
     heads = _heads(row)
     name = heads.pop("damping").replace(KFAC, "KFAC, floor")
-    return heads | {"optimiser": name.replace(ADAM, IN_REGION[ADAM])}
+    for rule, optimiser in IN_REGION.items():
+        name = name.replace(rule, optimiser)
+    return heads | {"optimiser": name}
 
 
 def _at_rates(rows) -> dict[float, list[Row]]:
